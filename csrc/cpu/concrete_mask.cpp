@@ -1,0 +1,111 @@
+#include "concrete_mask.h"
+
+#include "groups.h"
+
+namespace sparse_gen::SPARSE_GEN_ISA {
+
+namespace {
+
+// The soft mask sigmoid((logit + ln u - ln(1 - u)) / temperature) and its complement. The complement is not
+// taken as 1 - mask, which would lose all its digits where the mask is nearly one.
+template <class V>
+struct SoftMask {
+  V mask, complement;
+
+  template <class S>
+  SoftMask(V logit, V u, S inverse_temperature) {
+    const V odds = exponential((logarithm(((S)1 - u) / u) - logit) * inverse_temperature);
+    mask = (S)1 / ((S)1 + odds);
+    complement = odds * mask;
+  }
+};
+
+// Derivative by the logit of p ln((p + e) / p0) + (1 - p) ln((1 - p + e) / (1 - p0)), p = sigmoid(logit), e = 1e-6.
+template <class V, class S>
+inline V kl_gradient(V logit, S log_prior_odds) {
+  const S e = (S)1e-6;
+  const V odds = exponential(-logit);
+  const V p = (S)1 / ((S)1 + odds);
+  const V q = odds * p;
+  const V pe = p + e, qe = q + e;
+  const V inverse = (S)1 / (pe * qe);
+  return p * q * (logarithm(pe * pe * inverse) - log_prior_odds + e * (p - q) * inverse);
+}
+
+template <class T>
+void sample(const ConcreteMaskSample<T>& a, long long begin, long long end) {
+  using L = Lanes<T>;
+  const Philox random(a.seed, a.step, a.stream);
+  const T inverse_temperature = (T)(1 / a.temperature);
+  for_each_group<T>({a.logits, a.weight}, {a.soft_mask, a.masked_weight}, begin, end,
+                    [&](long long i, const T* const* in, T* const* out) {
+                      const PhiloxGroup group = random.group(i);
+                      for (int k = 0; k < kPhiloxGroup; k += L::width) {
+                        const SoftMask<typename L::V> soft(L::load(in[0] + k), L::uniform(group, k),
+                                                           inverse_temperature);
+                        L::store(out[0] + k, soft.mask);
+                        L::store(out[1] + k, soft.mask * L::load(in[1] + k));
+                      }
+                    });
+}
+
+template <class T>
+void gradient(const ConcreteMaskGradient<T>& a, long long begin, long long end) {
+  using L = Lanes<T>;
+  const T inverse_temperature = (T)(1 / a.temperature);
+  for_each_group<T>({a.grad_soft_mask, a.grad_masked_weight, a.weight, a.soft_mask}, {a.grad_logits, a.grad_weight},
+                    begin, end, [&](long long, const T* const* in, T* const* out) {
+                      for (int k = 0; k < kPhiloxGroup; k += L::width) {
+                        const typename L::V grad_masked = L::load(in[1] + k), mask = L::load(in[3] + k);
+                        const typename L::V grad_mask = L::load(in[0] + k) + grad_masked * L::load(in[2] + k);
+                        L::store(out[0] + k, grad_mask * mask * ((T)1 - mask) * inverse_temperature);
+                        L::store(out[1] + k, grad_masked * mask);
+                      }
+                    });
+}
+
+// 36 bytes an element: five arrays read, four written. The old sample is drawn again from its index rather
+// than read back, which would make it 44.
+template <class T>
+void update(const ConcreteMaskUpdate<T>& a, long long begin, long long end) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  const Philox old_random(a.seed, a.step, a.stream), new_random(a.seed, a.step + 1, a.stream);
+  const T inverse_temperature = (T)(1 / a.temperature), kl_weight = (T)a.kl_weight;
+  const T log_prior_odds = (T)(logarithm(a.prior) - logarithm(1 - a.prior));
+  const T decay1 = (T)(1 - a.beta1), decay2 = (T)(1 - a.beta2), beta2 = (T)a.beta2, eps = (T)a.eps;
+  const T step_size = (T)a.step_size, inverse_root2 = (T)(1 / a.root_correction2);
+  for_each_group<T>(
+      {a.logits, a.exp_avg, a.exp_avg_sq, a.weight, a.grad_masked_weight},
+      {a.logits, a.exp_avg, a.exp_avg_sq, a.masked_weight}, begin, end,
+      [&](long long i, const T* const* in, T* const* out) {
+        const PhiloxGroup old_group = old_random.group(i), new_group = new_random.group(i);
+        for (int k = 0; k < kPhiloxGroup; k += L::width) {
+          const V logit = L::load(in[0] + k), weight = L::load(in[3] + k);
+          const SoftMask<V> old_soft(logit, L::uniform(old_group, k), inverse_temperature);
+          const V gradient = L::load(in[4] + k) * weight * old_soft.mask * old_soft.complement * inverse_temperature +
+                             kl_weight * kl_gradient(logit, log_prior_odds);
+
+          const V exp_avg = L::load(in[1] + k) + (gradient - L::load(in[1] + k)) * decay1;
+          const V exp_avg_sq = L::load(in[2] + k) * beta2 + gradient * gradient * decay2;
+          const V next_logit = logit - step_size * exp_avg / (square_root(exp_avg_sq) * inverse_root2 + eps);
+
+          const SoftMask<V> next_soft(next_logit, L::uniform(new_group, k), inverse_temperature);
+          L::store(out[0] + k, next_logit);
+          L::store(out[1] + k, exp_avg);
+          L::store(out[2] + k, exp_avg_sq);
+          L::store(out[3] + k, next_soft.mask * weight);
+        }
+      });
+}
+
+}  // namespace
+
+void concrete_mask_sample(const ConcreteMaskSample<float>& a, long long begin, long long end) { sample(a, begin, end); }
+void concrete_mask_sample(const ConcreteMaskSample<double>& a, long long begin, long long end) { sample(a, begin, end); }
+void concrete_mask_gradient(const ConcreteMaskGradient<float>& a, long long begin, long long end) { gradient(a, begin, end); }
+void concrete_mask_gradient(const ConcreteMaskGradient<double>& a, long long begin, long long end) { gradient(a, begin, end); }
+void concrete_mask_update(const ConcreteMaskUpdate<float>& a, long long begin, long long end) { update(a, begin, end); }
+void concrete_mask_update(const ConcreteMaskUpdate<double>& a, long long begin, long long end) { update(a, begin, end); }
+
+}  // namespace sparse_gen::SPARSE_GEN_ISA

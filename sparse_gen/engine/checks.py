@@ -1,0 +1,58 @@
+"""Checks of what every public entry takes: an input z and an image y."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_input(z: torch.Tensor, name: str = "z") -> None:
+    """Raise ValueError unless z is a finite float tensor of shape (E, C, H, W)."""
+    if not isinstance(z, torch.Tensor):
+        raise ValueError(f"expected {name} as a tensor, got {type(z).__name__}")
+    if z.ndim != 4 or 0 in z.shape:
+        raise ValueError(f"expected {name} of shape (E, C, H, W), got {tuple(z.shape)}")
+    if z.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"expected {name} of float32 (or float64), got {z.dtype}, convert it with .float()")
+    if not z.isfinite().all():
+        raise ValueError(f"expected finite numbers in {name}, got NaN or infinity")
+
+
+def check_image(image: torch.Tensor, z: torch.Tensor, name: str = "y") -> None:
+    """Raise ValueError unless the image is (E, C, H, W), C from 1 to 4, in [0, 1], of z's size and device."""
+    check_input(image, name)
+    if not 1 <= image.shape[1] <= 4:
+        raise ValueError(f"expected {name} with 1 to 4 channels, got {image.shape[1]}")
+    if image.shape[-2:] != z.shape[-2:]:
+        raise ValueError(
+            f"expected {name} and z of one size, got {image.shape[-2]}×{image.shape[-1]} and "
+            f"{z.shape[-2]}×{z.shape[-1]}"
+        )
+    if len(image) != 1 and len(z) != 1 and len(image) != len(z):
+        raise ValueError(f"expected as many experiments in {name} as in z, got {len(image)} and {len(z)}")
+    if image.device != z.device or image.dtype != z.dtype:
+        raise ValueError(
+            f"expected {name} of {z.dtype} on {z.device} like z, got {image.dtype} on {image.device}"
+        )
+    low, high = image.aminmax()
+    if low < 0 or high > 1:
+        raise ValueError(f"expected {name} in [0, 1], got values from {low:.3g} to {high:.3g}, scale it (8 bit: /255)")
+
+
+def check_output(output: torch.Tensor, y: torch.Tensor) -> None:
+    """Raise ValueError if the network's output is not of the image's shape."""
+    if output.shape[1:] != y.shape[1:]:
+        raise ValueError(
+            f"expected y of the network's output shape (C, H, W) = {tuple(output.shape[1:])}, got {tuple(y.shape[1:])}"
+        )
+
+
+def check_count(value: int, name: str, minimum: int = 1) -> None:
+    """Raise ValueError unless value is an integer of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"expected {name} as an integer of at least {minimum}, got {value!r}")
+
+
+def check_positive(value: float, name: str) -> None:
+    """Raise ValueError unless value is a finite number above 0."""
+    if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"expected {name} above 0, got {value!r}")

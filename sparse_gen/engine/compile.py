@@ -1,0 +1,146 @@
+"""A masked network that holds, trains and stores only the weights its mask keeps."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparse_gen.engine.checks import check_input
+from sparse_gen.engine.functional import run_experiments, training_copy
+from sparse_gen.engine.layout import ParameterLayout
+from sparse_gen.engine.plan import Plan, plan_stages
+
+
+class CompiledGenerator(nn.Module):
+    """What `compile` returns: the outputs and gradients of the masked network, kept weights as parameters.
+
+    Attributes:
+        values: the kept weights, (E, kept), the only parameter.
+        plan: what runs how.
+    """
+
+    plan: Plan
+
+    def __init__(self, original: nn.Module, network: nn.Module, layout: ParameterLayout, index, values, z, plan: Plan):
+        super().__init__()
+        # In a tuple, so that their parameters are not registered as this module's.
+        self._modules_outside = (original, network)
+        self._layout = layout
+        self.plan = plan
+        self.values = nn.Parameter(values)
+        self.register_buffer("_index", index, persistent=False)
+        self.register_buffer("_example_input", z.detach(), persistent=False)
+
+    @property
+    def experiments(self) -> int:
+        return len(self.values)
+
+    def _dense(self) -> dict[str, torch.Tensor]:
+        zeros = self.values.new_zeros(self.experiments, self._layout.numel)
+        return self._layout.views(zeros.scatter(1, self._index.expand(self.experiments, -1), self.values))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """(E or 1, C, H, W) to (E, …); each experiment is normalised by its own statistics."""
+        check_input(z)
+        if len(z) not in (1, self.experiments):
+            raise ValueError(f"expected z with {self.experiments} experiments (or 1 for all), got {len(z)}")
+        return run_experiments(self._modules_outside[1], self._dense(), z)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Module | list[nn.Module]:
+        """The original network with the trained weights in place and zeros where they are pruned.
+
+        Running statistics, which the training leaves alone, are set once from the example input.
+
+        Returns:
+            One module, or a list of one an experiment where there are several.
+        """
+        dense = self._dense()
+        modules = []
+        for e in range(self.experiments):
+            module = deepcopy(self._modules_outside[0]).to(self.values.device)
+            for name, parameter in module.named_parameters():
+                parameter.copy_(dense[name][e])
+            z = self._example_input
+            _set_running_statistics(module, z[e : e + 1] if len(z) > 1 else z)
+            modules.append(module)
+        return modules[0] if self.experiments == 1 else modules
+
+
+def _set_running_statistics(module: nn.Module, z: torch.Tensor) -> None:
+    momenta = {}
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats:
+            momenta[layer], layer.momentum = layer.momentum, 1.0
+    if momenta:
+        module(z)
+    for layer, momentum in momenta.items():
+        layer.momentum = momentum
+
+
+def compile(network: nn.Module, mask=None, example_input=None, *, weights: str | None = None) -> CompiledGenerator:
+    """Turn a network and a mask into a module with the same outputs that trains only the kept weights.
+
+    Args:
+        network: any module; it is left untouched.
+        mask: an `sg.Mask`, or None to keep everything. With a leading E there is one mask an experiment.
+        example_input: z of shape (E, C, H, W), which fixes shapes, device and the number of experiments.
+        weights: where the kept weights start: "mask" (those stored in it), "net" (the network's). Needed only
+            where the two differ.
+
+    Returns:
+        `CompiledGenerator`, whose `parameters()` are the kept values, (E, kept).
+
+    Raises:
+        ValueError: the mask belongs to another network (both shapes are listed), it holds an initialisation other
+            than the network's and `weights` does not say which to take, experiments keep different numbers of
+            weights, or a normalisation layer is in evaluation mode.
+
+    Ghosh et al., "Optimal Eye Surgeon" (ICML 2024), section 3.2: (mask, θ_in) is trained, not the mask alone.
+    """
+    if example_input is None:
+        raise ValueError("expected an example_input of shape (E, C, H, W), got none")
+    check_input(example_input, "example_input")
+    layout = ParameterLayout.of(network)
+    reference = training_copy(network)
+    initial = layout.flatten(dict(network.named_parameters()))[None]
+    experiments = len(example_input)
+    if mask is None:
+        keep = torch.ones(1, layout.numel, dtype=torch.bool, device=initial.device)
+    else:
+        mask.check_fits(network)
+        experiments = max(experiments, mask.experiments)
+        if mask.experiments not in (1, experiments):
+            raise ValueError(f"expected a mask for {experiments} experiments (or 1), got {mask.experiments}")
+        keep = layout.flatten(mask.dense(network), mask.experiments).to(initial.device)
+        initial = _choose_weights(mask, network, layout, initial, keep, weights)
+    counts = keep.sum(dim=1)
+    if (counts != counts[0]).any():
+        raise ValueError(
+            f"expected masks that keep equally many weights, got {', '.join(map(str, counts.tolist()))}, "
+            "compile them one at a time"
+        )
+    index = keep.nonzero()[:, 1].view(len(keep), -1)
+    values = initial.expand(len(keep), -1).gather(1, index).expand(experiments, -1).clone()
+    kept = {name: int(piece[0].sum()) for name, piece in layout.views(keep).items()}
+    plan = plan_stages(reference, kept, example_input)
+    return CompiledGenerator(network, reference, layout, index, values, example_input, plan)
+
+
+def _choose_weights(mask, network, layout, initial, keep, weights):
+    if weights not in (None, "mask", "net"):
+        raise ValueError(f"expected weights='mask' or 'net', got {weights!r}")
+    if mask.weights is None:
+        if weights == "mask":
+            raise ValueError("expected a mask that holds its weights, got one without, use weights='net'")
+        return initial
+    stored = layout.flatten(mask.dense_weights(network), mask.experiments).to(initial)
+    if weights is None and not torch.equal(stored, torch.where(keep, initial, 0)):
+        raise ValueError(
+            "expected the network that the mask was found on, got other initial weights than the mask holds, "
+            "say weights='mask' or weights='net'"
+        )
+    return initial if weights == "net" else stored

@@ -1,0 +1,48 @@
+"""What was measured along a run: named columns of one value an experiment and recorded step."""
+
+from __future__ import annotations
+
+import torch
+
+
+class History:
+    """Columns of (T, E) values, recorded at T of the run's steps.
+
+    Values stay on their device until a column is read, so that recording does not wait for a GPU.
+    """
+
+    def __init__(self):
+        self.step: list[int] = []
+        self._columns: dict[str, list[torch.Tensor]] = {}
+
+    def record(self, step: int, **values: torch.Tensor) -> None:
+        """Add a row: one (E,) tensor a column, the same columns in every row."""
+        if self.step and values.keys() != self._columns.keys():
+            raise ValueError(f"expected the columns {', '.join(self._columns)}, got {', '.join(values)}")
+        self.step.append(step)
+        for name, value in values.items():
+            self._columns.setdefault(name, []).append(value.detach())
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self._columns)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """One column as (T, E) on the CPU.
+
+        Raises:
+            KeyError: no such column was recorded.
+        """
+        if name not in self._columns:
+            raise KeyError(f"expected a column out of {', '.join(self._columns) or 'none'}, got {name!r}")
+        return torch.stack(self._columns[name]).cpu()
+
+    def last(self) -> dict[str, float]:
+        """The newest row, averaged over experiments."""
+        return {name: values[-1].mean().item() for name, values in self._columns.items()}
+
+    def __len__(self) -> int:
+        return len(self.step)

@@ -1,0 +1,7 @@
+"""Finding, storing and checking masks."""
+
+from sparse_gen.masks.connectivity import DisconnectedMaskWarning
+from sparse_gen.masks.mask import Mask
+from sparse_gen.masks.search import SearchResult, masked_output, search_mask
+
+__all__ = ["DisconnectedMaskWarning", "Mask", "SearchResult", "masked_output", "search_mask"]

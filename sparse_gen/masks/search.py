@@ -1,0 +1,251 @@
+"""Mask search at initialisation: learn which weights to keep while the weights themselves stay as drawn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_gen.engine.checks import check_count, check_image, check_input, check_output, check_positive
+from sparse_gen.engine.compile import compile
+from sparse_gen.engine.functional import run_experiments, training_copy
+from sparse_gen.engine.layout import ParameterLayout
+from sparse_gen.history import History
+from sparse_gen.masks.connectivity import DisconnectedMaskWarning, probe_connectivity
+from sparse_gen.masks.mask import Mask
+from sparse_gen.masks.selection import kept_count, prunable_layout, top_k
+from sparse_gen.ops.concrete_mask import concrete_mask, concrete_mask_update, kl_divergence
+from sparse_gen.ops.philox import Stream, seed_tensor, uniform
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # A larger step and a stronger prior settle in 1,000 steps; normalisation and biases are few and always kept.
+    "quick": {"steps": 1000, "lr": 5e-2, "kl_weight": 1e-7, "prunable": "conv_weights"},
+    "paper": {"steps": 60_000, "lr": 1e-2, "kl_weight": 1e-9, "prunable": "all"},
+}
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        mask: the kept weights with their initial values; an experiment axis where there are several.
+        logits: parameter name → logits of its shape (a leading E where there are several experiments).
+        history: columns "loss" (mean squared error of the sampled network) and "kl" (nats, unweighted).
+        connected: False if the masked network's output is constant.
+        disconnected_at: the layer from which on it is constant.
+        settings: every constant of the search.
+    """
+
+    mask: Mask
+    logits: dict[str, torch.Tensor]
+    history: History
+    connected: bool
+    disconnected_at: str | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def sample_masks(self, count: int, seed: int = 0) -> list[Mask]:
+        """Draw masks m ~ Ber(sigmoid(logits)) instead of keeping the largest; their density varies.
+
+        Args:
+            count: how many.
+            seed: of the draws.
+
+        Returns:
+            Masks with the same whole parameters and recipe, without stored weights.
+        """
+        check_count(count, "count")
+        masks = []
+        for i in range(count):
+            tensors, index = {}, 0
+            total = sum(logits.numel() for logits in self.logits.values())
+            draws = uniform(seed_tensor(seed), i, Stream.MASK, total)[0]
+            for name, logits in self.logits.items():
+                u = draws[index : index + logits.numel()].view_as(logits).to(logits.device)
+                tensors[name] = u < torch.sigmoid(logits)
+                index += logits.numel()
+            experiments = self.mask.experiments if self.mask.has_experiment_axis else None
+            recipe = {**self.mask.recipe, "sample": {"index": i, "seed": seed}}
+            masks.append(Mask(tensors, experiments=experiments, whole=self.mask.whole, recipe=recipe))
+        return masks
+
+
+def search_mask(
+    net: nn.Module,
+    z: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    density: float = 0.05,
+    preset: str = "quick",
+    steps: int | None = None,
+    lr: float | None = None,
+    kl_weight: float | None = None,
+    prunable: str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
+    temperature: float = 0.2,
+    prior: float | None = None,
+    initial_logit: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    seed: int | Sequence[int] = 0,
+    every: int = 10,
+    recipe: dict | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Find the weights to keep by learning, for each, the probability that it should be.
+
+    Minimises E_m ‖G(θ ∘ m, z) − y‖² / size + kl_weight · KL(Ber(p) ‖ Ber(prior)) over p = sigmoid(logits) with one
+    concrete sample a step; θ stays as it is. The mask keeps the largest p, over all prunable parameters together.
+
+    Args:
+        net: the network at its initialisation, in training mode; it is left untouched.
+        z: its input, (E, C, H, W) or (1, C, H, W).
+        y: the measurement, (E, C, H, W) in [0, 1].
+        density: kept fraction of all parameters, those that are always kept included.
+        preset: "quick" or "paper" (lr 1e-2, kl_weight 1e-9, everything prunable, 60,000 steps); whatever is given
+            beside it takes precedence.
+        steps: how many.
+        lr: Adam's learning rate on the logits.
+        kl_weight: λ of the KL term, which sums over weights.
+        prunable: "conv_weights", "all", parameter names, or a function of name and parameter.
+        temperature: of the concrete sample.
+        prior: p0; by default the density.
+        initial_logit: where all logits start.
+        betas, eps: Adam's.
+        seed: of samples and ties, or one an experiment.
+        every: record the history (and report progress) every so many steps.
+        recipe: plain data stored with the mask beside the network's, such as {"z": …, "noise": …}.
+        progress: called with (step, steps, latest values).
+
+    Returns:
+        `SearchResult`.
+
+    Raises:
+        ValueError: an argument is out of range, shapes do not fit, or the density is too small to keep what is
+            always kept.
+        FloatingPointError: the loss is not finite; the message names the step.
+
+    Warns:
+        DisconnectedMaskWarning: the mask cuts the network.
+
+    Ghosh et al., "Optimal Eye Surgeon" (ICML 2024), eq. 3 to 5.
+    """
+    settings = _settings(preset, steps=steps, lr=lr, kl_weight=kl_weight, prunable=prunable)
+    steps, lr, kl_weight = settings["steps"], settings["lr"], settings["kl_weight"]
+    prior = density if prior is None else prior
+    check_input(z)
+    check_image(y, z)
+    check_count(steps, "steps")
+    check_count(every, "every")
+    check_positive(lr, "lr")
+    network = training_copy(net)
+    layout = prunable_layout(network, settings["prunable"])
+    whole = ParameterLayout.of(network, [n for n, _ in network.named_parameters() if n not in layout.shapes])
+    count = kept_count(density, layout.numel + whole.numel, whole.numel)
+    # At density 1 there is nothing to choose, and no prior of 1: the logarithm of its complement is infinite.
+    prior = min(prior, 1 - 1e-6) if density == 1 else prior
+
+    z = z.contiguous(memory_format=torch.channels_last)  # oneDNN and cuDNN then convolve without reordering
+    seeds = seed_tensor(seed, z.device)
+    experiments = max(len(z), len(y), len(seeds))
+    if len(seeds) not in (1, experiments):
+        raise ValueError(f"expected one seed or {experiments}, got {len(seeds)}")
+    seeds = seeds.expand(experiments).contiguous()
+
+    weight = layout.flatten(dict(network.named_parameters())).to(z.dtype)
+    logits = torch.full((experiments, layout.numel), float(initial_logit), dtype=z.dtype, device=z.device)
+    exp_avg, exp_avg_sq = torch.zeros_like(logits), torch.zeros_like(logits)
+    _, masked_weight = concrete_mask(logits, weight, seeds, 0, temperature=temperature)
+    history = History()
+
+    for step in range(steps):
+        leaf = masked_weight.requires_grad_()
+        output = run_experiments(network, layout.views(leaf), z)
+        if step == 0:
+            check_output(output, y)
+        loss = (output - y).square().mean(dim=(1, 2, 3))
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        masked_weight = leaf.detach()
+        if step % every == 0 or step == steps - 1:
+            with torch.no_grad():
+                history.record(step, loss=loss, kl=kl_divergence(logits, prior))
+            if not loss.isfinite().all():
+                raise FloatingPointError(f"the search's loss is {loss.tolist()} at step {step}, lower lr ({lr})")
+            if progress is not None:
+                progress(step + 1, steps, history.last())
+        concrete_mask_update(
+            logits, exp_avg, exp_avg_sq, masked_weight, weight, gradient, seeds, step, temperature=temperature,
+            kl_weight=kl_weight, prior=prior, lr=lr, betas=betas, eps=eps,
+        )  # fmt: skip
+
+    settings.update(
+        density=density, temperature=temperature, prior=prior, initial_logit=initial_logit, betas=list(betas), eps=eps,
+        seed=seeds.tolist() if experiments > 1 else int(seeds[0]), preset=preset,
+    )  # fmt: skip
+    if not isinstance(settings["prunable"], str):
+        settings["prunable"] = list(layout.shapes)
+    keep = top_k(logits, count, seeds)
+    recipe = {**_network_recipe(net), "search": {"method": "oes", **settings}, **(recipe or {})}
+    mask = _make_mask(network, layout, whole, keep, weight, recipe)
+    connectivity = probe_connectivity(network, layout.views(weight * keep), z)
+    if not connectivity.connected:
+        warnings.warn(
+            f"the mask disconnects the network at {connectivity.disconnected_at}: its output is constant and cannot be "
+            "trained; search longer, raise the density or leave more parameters out of `prunable`",
+            DisconnectedMaskWarning,
+            stacklevel=2,
+        )
+    logit_views = layout.views(logits if experiments > 1 else logits[0])
+    return SearchResult(mask, logit_views, history, connectivity.connected, connectivity.disconnected_at, settings)
+
+
+def masked_output(net: nn.Module, z: torch.Tensor, masks: Mask | Sequence[Mask]) -> torch.Tensor:
+    """The untrained masked network's output, averaged over masks.
+
+    Args:
+        net: the network at its initialisation, whose weights are taken.
+        z: (E, C, H, W).
+        masks: one mask or several, such as `SearchResult.sample_masks` draws.
+
+    Returns:
+        (E, C, H, W).
+
+    Raises:
+        ValueError: there is no mask, or one does not fit the network.
+
+    Ghosh et al., "Optimal Eye Surgeon" (ICML 2024), section 3.1: masking alone shows the image.
+    """
+    masks = [masks] if isinstance(masks, Mask) else list(masks)
+    if not masks:
+        raise ValueError("expected at least one mask, got none")
+    with torch.no_grad():
+        outputs = [compile(net, mask, z, weights="net")(z) for mask in masks]
+        return torch.stack(outputs).mean(dim=0)
+
+
+def _settings(preset: str, **given) -> dict[str, Any]:
+    if preset not in PRESETS:
+        raise ValueError(f"expected preset as one of {', '.join(PRESETS)}, got {preset!r}")
+    return {**PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
+
+
+def _network_recipe(net: nn.Module) -> dict:
+    return {"net": net.recipe()} if hasattr(net, "recipe") else {}
+
+
+def _make_mask(network, layout: ParameterLayout, whole: ParameterLayout, keep, weight, recipe) -> Mask:
+    experiments = len(keep) if len(keep) > 1 else None
+    tensors = {name: k.cpu() for name, k in layout.views(keep if experiments else keep[0]).items()}
+    parameters = dict(network.named_parameters())
+    shown = layout.views(weight.expand_as(keep) if experiments else weight)
+    weights = {name: shown[name].cpu()[k] for name, k in tensors.items()}
+    weights |= {
+        name: parameters[name].detach().cpu().expand(len(keep), *shape).reshape(-1).clone()
+        for name, shape in whole.shapes.items()
+    }
+    return Mask(tensors, experiments=experiments, whole=whole.shapes, weights=weights, recipe=recipe)

@@ -1,0 +1,78 @@
+"""How an operator gets its backends: schema, reference and fake here, kernels under the same name elsewhere.
+
+Schemas live in Python and not in C++, so that an installation without a compiler has the same operators,
+served by the plain-PyTorch references. A CPU kernel registers itself when the compiled library loads; a Triton
+kernel is a function of the operator's name in `sparse_gen.kernels`, in the file of the operator's stem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module, util
+
+import torch
+
+from sparse_gen.ops.extension import status, warn_without_extension
+
+LIBRARY = torch.library.Library("sparse_gen", "DEF")
+LIBRARY.define("instruction_set() -> int")
+
+_stems: dict[str, str] = {}
+
+
+@cache
+def _triton_missing() -> str | None:
+    if util.find_spec("triton") is None:
+        return "triton is not installed (it exists for Linux on x86-64)"
+    if util.find_spec("sparse_gen.kernels") is None:
+        return "sparse_gen.kernels is missing: sparse_gen was imported from its source folder, not installed"
+    return None
+
+
+def register_operator(schema: str, *, reference: Callable, fake: Callable) -> None:
+    """Define `sparse_gen::<schema>` with its reference on every device and its Triton kernel on CUDA.
+
+    Call it from `sparse_gen/ops/<stem>.py`; the Triton kernel is then `sparse_gen.kernels.<stem>.<name>`.
+    """
+    name = schema.split("(")[0]
+    stem = reference.__module__.rpartition(".")[2]
+    _stems[name] = stem
+    LIBRARY.define(schema)
+
+    def run_reference(*args):
+        warn_without_extension()
+        return reference(*args)
+
+    def run_triton(*args):
+        # On a GPU float64 is for checking numbers, which is what the reference is for.
+        in_double = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args)
+        if in_double or _triton_missing():
+            return reference(*args)
+        return getattr(import_module(f"sparse_gen.kernels.{stem}"), name)(*args)
+
+    LIBRARY.impl(name, run_reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, run_triton, "CUDA")
+    torch.library.register_fake(f"sparse_gen::{name}", fake, lib=LIBRARY)
+    status()
+
+
+def operators() -> list[str]:
+    """The names of all operators."""
+    return sorted(_stems)
+
+
+def backends(operator: str) -> dict[str, str | None]:
+    """For each backend None where it can run, or why it cannot.
+
+    Raises:
+        ValueError: there is no such operator.
+    """
+    if operator not in _stems:
+        raise ValueError(f"expected an operator out of {', '.join(operators())}, got {operator!r}")
+    cuda_missing = None if torch.cuda.is_available() else "no CUDA device"
+    return {
+        "reference": None,
+        "cpu": status().reason,
+        "triton": _triton_missing() or cuda_missing,
+    }
