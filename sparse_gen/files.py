@@ -94,14 +94,17 @@ def claim_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
         raise FileExistsError(f"output: expected a folder, got the file {folder}, name another")
     if folder.is_dir() and not overwrite and any(folder.iterdir()):
         raise FileExistsError(
-            f"output: expected a new or empty folder, got {folder} with files in it, "
-            "name another or add --overwrite"
+            f"output: expected a new or empty folder, got {folder} with files in it, name another or add --overwrite"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".writable.{secrets.token_hex(4)}.part"
-    with open(probe, "xb"):
-        pass
-    probe.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"output: expected a folder that can be written to, got {folder} ({error.strerror}), name another"
+        ) from None
     return folder
 
 

@@ -172,7 +172,18 @@ def test_opcheck():
     torch.library.opcheck(ops.concrete_mask_backward, (gradient, gradient, weight, logits.sigmoid(), TEMPERATURE))
     torch.library.opcheck(
         ops.concrete_mask_update,
-        (logits, *averages, torch.empty_like(logits), weight, gradient, seed, step, 3, TEMPERATURE, *UPDATE.values()),
+        (
+            logits,
+            *averages,
+            torch.empty_like(logits),
+            weight,
+            gradient,
+            seed,
+            step,
+            3,
+            TEMPERATURE,
+            *UPDATE.values(),
+        ),
     )
 
 
@@ -183,7 +194,9 @@ def test_it_is_the_papers_two_class_gumbel_softmax():
     for logit in (-2.0, 0.0, 1.0):
         logits = torch.full((1, count), logit)
         ours, _ = concrete_mask(logits, torch.ones(count), torch.tensor([1]), 0, temperature=TEMPERATURE)
-        classes = torch.stack([torch.nn.functional.logsigmoid(logits[0]), torch.nn.functional.logsigmoid(-logits[0])], -1)
+        classes = torch.stack(
+            [torch.nn.functional.logsigmoid(logits[0]), torch.nn.functional.logsigmoid(-logits[0])], -1
+        )
         papers = torch.nn.functional.gumbel_softmax(classes, tau=TEMPERATURE)[:, 0]
         assert ks_2samp(ours[0].numpy(), papers.numpy()).pvalue > 1e-3
         assert (ours[0] > 0.5).double().mean().item() == pytest.approx(torch.tensor(logit).sigmoid().item(), abs=5e-3)
@@ -210,7 +223,12 @@ def test_kl_is_zero_at_the_prior_and_grows_away_from_it():
     ],
 )
 def test_bad_arguments(change, message):
-    arguments = {"logits": torch.zeros(2, 3), "weight": torch.zeros(3), "seed": torch.tensor([0, 1]), "step": 0}
+    arguments = {
+        "logits": torch.zeros(2, 3),
+        "weight": torch.zeros(3),
+        "seed": torch.tensor([0, 1]),
+        "step": 0,
+    }
     with pytest.raises(ValueError, match=message):
         concrete_mask(**arguments | change)
 
@@ -242,9 +260,7 @@ def test_triton(experiments, numel, shared):
 
     expected = update_in_double(logits, averages, weight, gradient, seed, step, **UPDATE)
     state = [logits.clone(), *(a.clone() for a in averages), torch.full_like(logits, torch.nan)]
-    kernel.concrete_mask_update(
-        *state, weight, gradient, seed, step, int(Stream.MASK), TEMPERATURE, *UPDATE.values()
-    )
+    kernel.concrete_mask_update(*state, weight, gradient, seed, step, int(Stream.MASK), TEMPERATURE, *UPDATE.values())
     for g, e in zip(state, expected, strict=True):
         assert_close(g, e)
 

@@ -35,7 +35,10 @@ def test_known_answers(counter, key, expected):
 def test_index_step_and_stream_are_the_counter():
     seed = 0x299F31D0A4093822
     got = philox_reference(torch.tensor([seed]), torch.tensor(7), 3, 24)[0, 20:24]
-    counter, key = [torch.tensor(x) for x in (5, 7, 3, 0)], [torch.tensor(x) for x in (0xA4093822, 0x299F31D0)]
+    counter, key = (
+        [torch.tensor(x) for x in (5, 7, 3, 0)],
+        [torch.tensor(x) for x in (0xA4093822, 0x299F31D0)],
+    )
     assert [word & 0xFFFFFFFF for word in got.tolist()] == philox_4x32_10(counter, key).tolist()
 
 

@@ -30,9 +30,7 @@ def check_image(image: torch.Tensor, z: torch.Tensor, name: str = "y") -> None:
     if len(image) != 1 and len(z) != 1 and len(image) != len(z):
         raise ValueError(f"expected as many experiments in {name} as in z, got {len(image)} and {len(z)}")
     if image.device != z.device or image.dtype != z.dtype:
-        raise ValueError(
-            f"expected {name} of {z.dtype} on {z.device} like z, got {image.dtype} on {image.device}"
-        )
+        raise ValueError(f"expected {name} of {z.dtype} on {z.device} like z, got {image.dtype} on {image.device}")
     low, high = image.aminmax()
     if low < 0 or high > 1:
         raise ValueError(f"expected {name} in [0, 1], got values from {low:.3g} to {high:.3g}, scale it (8 bit: /255)")

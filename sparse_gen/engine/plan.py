@@ -45,7 +45,9 @@ class Plan:
             for s in self.stages
         ]  # fmt: skip
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]
+        ]
         total = sum(stage.flops for stage in self.stages)
         return "\n".join([*(line.rstrip() for line in lines), f"{total / 1e9:.2f} GFLOP forward, dense; {self.reason}"])
 

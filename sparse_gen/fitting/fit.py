@@ -93,8 +93,8 @@ def fit(
     check_positive(lr, "lr")
     if not isinstance(module, CompiledGenerator) and max(len(z), len(y)) > 1:
         raise ValueError(
-            f"expected one experiment for a plain module, whose normalisation would mix them, got {max(len(z), len(y))}, "
-            "use sg.compile(module, example_input=z)"
+            "expected one experiment for a plain module, whose normalisation would mix them, got "
+            f"{max(len(z), len(y))}, use sg.compile(module, example_input=z)"
         )
     z = z.contiguous(memory_format=torch.channels_last)  # oneDNN and cuDNN then convolve without reordering
     seeds = seed_tensor(seed, z.device)

@@ -27,9 +27,7 @@ def deepest_depth(size: tuple[int, int], limit: int = 6, deepest_level: int = DE
     for depth in range(limit, 0, -1):
         if extended(min(size), depth) // 2**depth >= deepest_level:
             return depth
-    raise ValueError(
-        f"expected an image of at least {2 * deepest_level - 1} pixels a side, got {size[0]}×{size[1]}"
-    )
+    raise ValueError(f"expected an image of at least {2 * deepest_level - 1} pixels a side, got {size[0]}×{size[1]}")
 
 
 def check_size(size: tuple[int, int], depth: int, deepest_level: int = DEEPEST_LEVEL) -> None:

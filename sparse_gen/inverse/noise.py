@@ -10,9 +10,7 @@ from sparse_gen.engine.checks import check_image
 from sparse_gen.ops.philox import Stream, normal, seed_tensor
 
 
-def add_noise(
-    image: torch.Tensor, sigma: float, *, seed: int | Sequence[int] = 0, clip: bool = True
-) -> torch.Tensor:
+def add_noise(image: torch.Tensor, sigma: float, *, seed: int | Sequence[int] = 0, clip: bool = True) -> torch.Tensor:
     """Add seeded Gaussian noise.
 
     Args:

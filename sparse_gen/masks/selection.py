@@ -57,8 +57,8 @@ def kept_count(density: float, total: int, always_kept: int) -> int:
     count = floor(density * total) - always_kept
     if count < 1:
         raise ValueError(
-            f"expected a density above {(always_kept + 1) / total:.4f}, since {always_kept:,} of {total:,} parameters are "
-            f"always kept, got {density}, raise it or use prunable='all'"
+            f"expected a density above {(always_kept + 1) / total:.4f}, since {always_kept:,} of {total:,} parameters "
+            f"are always kept, got {density}, raise it or use prunable='all'"
         )
     return count
 

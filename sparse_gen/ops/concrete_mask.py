@@ -20,6 +20,7 @@ from sparse_gen.ops.philox import Stream, philox_reference, uniform_from_words
 # The offset inside the paper's logarithms (its code's value), which keeps the KL finite at p = 0 and 1.
 KL_OFFSET = 1e-6
 
+
 def soft_mask_reference(logits, seed, step, stream, temperature):
     u = uniform_from_words(philox_reference(seed, step, stream, logits.shape[1])).to(logits.dtype)
     return torch.sigmoid((logits + torch.log(u) - torch.log1p(-u)) / temperature)

@@ -1,0 +1,51 @@
+# `make` alone lists the targets. Needs Python 3.10 or newer and, for the fast kernels, a C++ compiler.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEMO_IMAGE ?= examples/astronaut_256.png
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quality bench lint clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{ printf "%-16s%s\n", $$1, $$2 }'
+
+demo: $(INSTALLED)  ## restore a noisy photograph; the pictures go to demo/
+	$(BIN)/sparse-gen denoise $(DEMO_IMAGE) --sigma 0.1 --seed 0 -o demo --overwrite
+	@echo "The pictures are in $(CURDIR)/demo:"
+	@ls demo/*.png
+
+test: lint  ## run the tests
+	$(BIN)/pytest
+
+lint: $(INSTALLED)  ## check the sources
+	$(BIN)/ruff check .
+
+quality: $(INSTALLED)  ## compare the methods' PSNR over three seeds
+	$(BIN)/python bench/quality.py
+
+bench: $(INSTALLED)  ## measure speed
+	$(BIN)/pytest bench/
+
+# The stamp goes too: the library in the source tree has to be built again.
+clean:  ## delete what was built, but not .venv and demo/
+	rm -rf build dist *.egg-info $(INSTALLED) sparse_gen/_sparse_gen.so sparse_gen/_build.json
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "expected Python 3.10 or newer, got $(PYTHON) ($$($(PYTHON) --version 2>&1)); name another: make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: setup.py builds against the one that is installed.
+$(INSTALLED): $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@

@@ -1,0 +1,174 @@
+"""How good the restored images are: OES against dense DIP and a random mask, several seeds.
+
+    python bench/quality.py            # everything that is not in the results yet, then table and picture
+    python bench/quality.py --draw     # table and picture only
+
+Every method gets the same noisy image, the same z and the same number of steps in all. Finished runs are kept in
+bench/results/quality-cpu.json, so an interrupted comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from skimage import data, transform
+
+import sparse_gen as sg
+from sparse_gen.files import atomic_write
+from sparse_gen.masks.selection import kept_count, prunable_layout, top_k
+from sparse_gen.ops.philox import Stream, seed_tensor, uniform
+
+RESULTS = Path(__file__).parent / "results" / "quality-cpu.json"
+PICTURE = RESULTS.with_suffix(".png")
+SIZE, SIGMA, DENSITY, SEARCH_STEPS, STEPS, EVERY = 256, 0.1, 0.05, 1000, 1500, 10
+SEEDS = (0, 1, 2)
+METHODS = {
+    "oes": "OES, 5 % (Adam 1e-2)",
+    "dense": "dense DIP (Adam 1e-3)",
+    "random": "random mask, 5 % (Adam 1e-2)",
+}
+
+
+def photograph() -> torch.Tensor:
+    image = transform.resize(data.astronaut(), (SIZE, SIZE), anti_aliasing=True)
+    return torch.from_numpy(image).float().permute(2, 0, 1)[None]
+
+
+def random_mask(net: torch.nn.Module, seed: int) -> sg.Mask:
+    """Keep weights of the convolutions at random, as many in all as OES keeps."""
+    layout = prunable_layout(net, "conv_weights")
+    total = sum(parameter.numel() for parameter in net.parameters())
+    count = kept_count(DENSITY, total, total - layout.numel)
+    seeds = seed_tensor(seed)
+    scores = uniform(seeds, 0, Stream.MASK, layout.numel)
+    whole = {n: tuple(p.shape) for n, p in net.named_parameters() if n not in layout.shapes}
+    return sg.Mask(layout.views(top_k(scores, count, seeds)[0]), whole=whole)
+
+
+def run(method: str, seed: int) -> dict:
+    torch.set_num_threads(1)
+    clean = photograph()
+    y = sg.inverse.add_noise(clean, SIGMA, seed=seed)
+    z = sg.noise_input(32, (SIZE, SIZE), seed=seed)
+    net = sg.generators.Hourglass(seed=seed)
+    start = time.perf_counter()
+    masked_untrained, steps, lr = None, STEPS, 1e-2
+    if method == "oes":
+        mask = sg.search_mask(net, z, y, density=DENSITY, steps=SEARCH_STEPS, seed=seed).mask
+    elif method == "random":
+        mask = random_mask(net, seed)
+        steps = SEARCH_STEPS + STEPS
+    else:
+        mask, steps, lr = None, SEARCH_STEPS + STEPS, 1e-3
+    if mask is not None:
+        masked_untrained = sg.fitting.psnr(sg.masked_output(net, z, mask), clean).item()
+    module = net if mask is None else sg.compile(net, mask, z)
+    fit = sg.fit(module, z, y, steps=steps, lr=lr, clean=clean, every=EVERY, seed=seed)
+    psnr = fit.history["psnr"][:, 0]
+    peak = int(psnr.argmax())
+    return {
+        "suite": "quality",
+        "case": f"astronaut {SIZE}, sigma {SIGMA}",
+        "provider": method,
+        "seed": seed,
+        "steps_search": SEARCH_STEPS if method == "oes" else 0,
+        "steps_fit": steps,
+        "lr": lr,
+        "psnr_noisy": sg.fitting.psnr(y, clean).item(),
+        "psnr_masked_untrained": masked_untrained,
+        "psnr_last": sg.fitting.psnr(fit.image, clean).item(),
+        "psnr_oracle_peak": psnr[peak].item(),
+        "oracle_peak_step": fit.history.step[peak],
+        "oracle_peak_interval": EVERY,
+        "ssim_last": sg.fitting.ssim(fit.image, clean).item(),
+        "seconds": time.perf_counter() - start,
+        "threads": 1,
+        "psnr_by_step": [round(value, 4) for value in psnr.tolist()],
+        "device": "cpu",
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def load() -> list[dict]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def measure(workers: int) -> None:
+    done = {(record["provider"], record["seed"]) for record in load()}
+    todo = [(method, seed) for seed in SEEDS for method in METHODS if (method, seed) not in done]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for finished in as_completed(pool.submit(run, *job) for job in todo):
+            record = finished.result()
+            records = sorted([*load(), record], key=lambda r: (r["provider"], r["seed"]))
+            with atomic_write(RESULTS, "w") as file:
+                json.dump(records, file, indent=1)
+            print(f"{record['provider']} seed {record['seed']}: {record['psnr_last']:.2f} dB", flush=True)
+
+
+def table(records: list[dict]) -> str:
+    def spread(values):
+        return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+    lines = [
+        "| method | noisy | masked, untrained | last | oracle peak, every 10 steps | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, label in METHODS.items():
+        own = [record for record in records if record["provider"] == method]
+        if own:
+            untrained = [r["psnr_masked_untrained"] for r in own if r["psnr_masked_untrained"] is not None]
+            cells = [
+                label,
+                spread([r["psnr_noisy"] for r in own]),
+                spread(untrained) if untrained else "–",
+                spread([r["psnr_last"] for r in own]),
+                spread([r["psnr_oracle_peak"] for r in own]),
+                str(len(own)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(records: list[dict]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    for color, (method, label) in zip(["tab:blue", "tab:orange", "tab:gray"], METHODS.items(), strict=True):
+        for i, record in enumerate(r for r in records if r["provider"] == method):
+            # The search's steps belong to the budget, so OES starts training at step 1,000.
+            steps = record["steps_search"] + EVERY * np.arange(len(record["psnr_by_step"]))
+            axes.plot(steps, record["psnr_by_step"], color=color, alpha=0.8, lw=1, label=None if i else label)
+    axes.axhline(np.mean([r["psnr_noisy"] for r in records]), color="black", lw=0.8, ls=":", label="noisy image")
+    axes.set(xlabel="step, search included", ylabel="PSNR, dB", title=f"astronaut {SIZE}², σ = {SIGMA}, each seed a line")
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    with atomic_write(PICTURE) as file:
+        figure.savefig(file, dpi=110, format="png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--draw", action="store_true", help="only the table and the picture, from the results")
+    arguments = parser.parse_args()
+    if not arguments.draw:
+        measure(arguments.workers)
+    records = load()
+    draw(records)
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
