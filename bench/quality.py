@@ -1,4 +1,4 @@
-"""How good the restored images are: OES against dense DIP and a random mask, several seeds.
+"""How good the restored images are: OES against dense DIP, with and without early stopping, and a random mask.
 
     python bench/quality.py            # everything that is not in the results yet, then table and picture
     python bench/quality.py --draw     # table and picture only
@@ -23,23 +23,45 @@ from skimage import data, transform
 
 import sparse_gen as sg
 from sparse_gen.files import atomic_write
+from sparse_gen.fitting.stop import WMV
 from sparse_gen.masks.selection import kept_count, prunable_layout, top_k
 from sparse_gen.ops.philox import Stream, seed_tensor, uniform
 
 RESULTS = Path(__file__).parent / "results" / "quality-cpu.json"
 PICTURE = RESULTS.with_suffix(".png")
 SIZE, SIGMA, DENSITY, SEARCH_STEPS, STEPS, EVERY = 256, 0.1, 0.05, 1000, 1500, 10
+WINDOW, PATIENCE = 100, 1000
 SEEDS = (0, 1, 2)
 METHODS = {
     "oes": "OES, 5 % (Adam 1e-2)",
     "dense": "dense DIP (Adam 1e-3)",
     "random": "random mask, 5 % (Adam 1e-2)",
 }
+PHOTOGRAPHS = {"astronaut": tuple(METHODS), "coffee": ("oes", "dense")}
 
 
-def photograph() -> torch.Tensor:
-    image = transform.resize(data.astronaut(), (SIZE, SIZE), anti_aliasing=True)
+def photograph(name: str) -> torch.Tensor:
+    """A square photograph of scikit-image, (1, 3, SIZE, SIZE) in [0, 1]."""
+    image = getattr(data, name)()
+    side = min(image.shape[:2])
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    image = transform.resize(image[top : top + side, left : left + side], (SIZE, SIZE), anti_aliasing=True)
     return torch.from_numpy(image).float().permute(2, 0, 1)[None]
+
+
+class Watched:
+    """A stopping rule that is asked and noted, but not obeyed: one run then shows both ends."""
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def update(self, step, image):
+        self.rule.update(step, image)
+        return False
+
+    @property
+    def image(self):
+        return self.rule.image
 
 
 def random_mask(net: torch.nn.Module, seed: int) -> sg.Mask:
@@ -53,9 +75,9 @@ def random_mask(net: torch.nn.Module, seed: int) -> sg.Mask:
     return sg.Mask(layout.views(top_k(scores, count, seeds)[0]), whole=whole)
 
 
-def run(method: str, seed: int) -> dict:
+def run(name: str, method: str, seed: int) -> dict:
     torch.set_num_threads(1)
-    clean = photograph()
+    clean = photograph(name)
     y = sg.inverse.add_noise(clean, SIGMA, seed=seed)
     z = sg.noise_input(32, (SIZE, SIZE), seed=seed)
     net = sg.generators.Hourglass(seed=seed)
@@ -71,12 +93,15 @@ def run(method: str, seed: int) -> dict:
     if mask is not None:
         masked_untrained = sg.fitting.psnr(sg.masked_output(net, z, mask), clean).item()
     module = net if mask is None else sg.compile(net, mask, z)
-    fit = sg.fit(module, z, y, steps=steps, lr=lr, clean=clean, every=EVERY, seed=seed)
+    stop = Watched(WMV(WINDOW, PATIENCE))
+    fit = sg.fit(module, z, y, steps=steps, lr=lr, clean=clean, every=EVERY, seed=seed, stop=stop)
+    with torch.no_grad():
+        last = fit.module(z)
     psnr = fit.history["psnr"][:, 0]
     peak = int(psnr.argmax())
     return {
         "suite": "quality",
-        "case": f"astronaut {SIZE}, sigma {SIGMA}",
+        "case": f"{name} {SIZE}, sigma {SIGMA}",
         "provider": method,
         "seed": seed,
         "steps_search": SEARCH_STEPS if method == "oes" else 0,
@@ -84,11 +109,14 @@ def run(method: str, seed: int) -> dict:
         "lr": lr,
         "psnr_noisy": sg.fitting.psnr(y, clean).item(),
         "psnr_masked_untrained": masked_untrained,
-        "psnr_last": sg.fitting.psnr(fit.image, clean).item(),
+        "psnr_last": sg.fitting.psnr(last, clean).item(),
+        "psnr_wmv": sg.fitting.psnr(fit.image, clean).item(),
+        "wmv_selected_step": int(stop.rule.selected_step),
+        "wmv_stopped_at": int(stop.rule.stopped_at) if stop.rule.stopped_at >= 0 else None,
         "psnr_oracle_peak": psnr[peak].item(),
         "oracle_peak_step": fit.history.step[peak],
         "oracle_peak_interval": EVERY,
-        "ssim_last": sg.fitting.ssim(fit.image, clean).item(),
+        "ssim_last": sg.fitting.ssim(last, clean).item(),
         "seconds": time.perf_counter() - start,
         "threads": 1,
         "psnr_by_step": [round(value, 4) for value in psnr.tolist()],
@@ -103,38 +131,45 @@ def load() -> list[dict]:
 
 
 def measure(workers: int) -> None:
-    done = {(record["provider"], record["seed"]) for record in load()}
-    todo = [(method, seed) for seed in SEEDS for method in METHODS if (method, seed) not in done]
+    done = {(record["case"].split()[0], record["provider"], record["seed"]) for record in load()}
+    jobs = [(name, method, seed) for seed in SEEDS for name, methods in PHOTOGRAPHS.items() for method in methods]
+    todo = [job for job in jobs if job not in done]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for finished in as_completed(pool.submit(run, *job) for job in todo):
             record = finished.result()
-            records = sorted([*load(), record], key=lambda r: (r["provider"], r["seed"]))
+            records = sorted([*load(), record], key=lambda r: (r["case"], r["provider"], r["seed"]))
             with atomic_write(RESULTS, "w") as file:
                 json.dump(records, file, indent=1)
-            print(f"{record['provider']} seed {record['seed']}: {record['psnr_last']:.2f} dB", flush=True)
+            print(
+                f"{record['case']}, {record['provider']} seed {record['seed']}: {record['psnr_last']:.2f} dB",
+                flush=True,
+            )
 
 
 def table(records: list[dict]) -> str:
     def spread(values):
+        if not values:
+            return "–"
         return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
     lines = [
-        "| method | noisy | masked, untrained | last | oracle peak, every 10 steps | seeds |",
-        "|---|---|---|---|---|---|",
+        "| photograph | method | noisy | masked, untrained | last | WMV | oracle peak, every 10 steps | SSIM | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for method, label in METHODS.items():
-        own = [record for record in records if record["provider"] == method]
-        if own:
-            untrained = [r["psnr_masked_untrained"] for r in own if r["psnr_masked_untrained"] is not None]
-            cells = [
-                label,
-                spread([r["psnr_noisy"] for r in own]),
-                spread(untrained) if untrained else "–",
-                spread([r["psnr_last"] for r in own]),
-                spread([r["psnr_oracle_peak"] for r in own]),
-                str(len(own)),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+    for name, methods in PHOTOGRAPHS.items():
+        for method in methods:
+            own = [r for r in records if r["provider"] == method and r["case"].startswith(name)]
+            if own:
+                columns = [
+                    "psnr_noisy",
+                    "psnr_masked_untrained",
+                    "psnr_last",
+                    "psnr_wmv",
+                    "psnr_oracle_peak",
+                    "ssim_last",
+                ]
+                cells = [spread([r[column] for r in own if r[column] is not None]) for column in columns]
+                lines.append(f"| {' | '.join([name, METHODS[method], *cells, str(len(own))])} |")
     return "\n".join(lines)
 
 
@@ -144,16 +179,30 @@ def draw(records: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for color, (method, label) in zip(["tab:blue", "tab:orange", "tab:gray"], METHODS.items(), strict=True):
-        for i, record in enumerate(r for r in records if r["provider"] == method):
+    figure, panels = plt.subplots(
+        1, len(PHOTOGRAPHS), figsize=(11, 4), layout="constrained", sharey=True, squeeze=False
+    )
+    colors = dict(zip(METHODS, ["tab:blue", "tab:orange", "tab:gray"], strict=True))
+    for axes, name in zip(panels[0], PHOTOGRAPHS, strict=True):
+        own = [record for record in records if record["case"].startswith(name)]
+        labelled = set()
+        for record in own:
+            method = record["provider"]
             # The search's steps belong to the budget, so OES starts training at step 1,000.
-            steps = record["steps_search"] + EVERY * np.arange(len(record["psnr_by_step"]))
-            axes.plot(steps, record["psnr_by_step"], color=color, alpha=0.8, lw=1, label=None if i else label)
-    axes.axhline(np.mean([r["psnr_noisy"] for r in records]), color="black", lw=0.8, ls=":", label="noisy image")
-    axes.set(xlabel="step, search included", ylabel="PSNR, dB", title=f"astronaut {SIZE}², σ = {SIGMA}, each seed a line")
-    axes.legend(loc="lower right")
-    axes.grid(alpha=0.3)
+            start = record["steps_search"]
+            steps = start + EVERY * np.arange(len(record["psnr_by_step"]))
+            label = None if method in labelled else METHODS[method]
+            axes.plot(steps, record["psnr_by_step"], color=colors[method], alpha=0.8, lw=1, label=label)
+            if method != "random":
+                axes.plot(start + record["wmv_selected_step"], record["psnr_wmv"], "o", color=colors[method], ms=5)
+            labelled.add(method)
+        if own:
+            axes.axhline(np.mean([r["psnr_noisy"] for r in own]), color="black", lw=0.8, ls=":", label="noisy image")
+        axes.plot([], [], "o", color="black", ms=5, label="selected by WMV, without the clean image")
+        axes.set(xlabel="step, search included", title=f"{name} {SIZE}², σ = {SIGMA}, a line a seed", ylim=(10, None))
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("PSNR, dB")
+    panels[0][0].legend(loc="lower right", fontsize=8)
     with atomic_write(PICTURE) as file:
         figure.savefig(file, dpi=110, format="png")
 

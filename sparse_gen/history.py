@@ -6,7 +6,7 @@ import torch
 
 
 class History:
-    """Columns of (T, E) values, recorded at T of the run's steps.
+    """Columns of (T, E) values (or (T, E, …), such as a spectrum's rings), recorded at T of the run's steps.
 
     Values stay on their device until a column is read, so that recording does not wait for a GPU.
     """
@@ -15,8 +15,23 @@ class History:
         self.step: list[int] = []
         self._columns: dict[str, list[torch.Tensor]] = {}
 
+    @classmethod
+    def restored(cls, steps: list[int], columns: dict[str, torch.Tensor]) -> History:
+        """A history from its steps and columns of (T, …), as a checkpoint holds them.
+
+        Raises:
+            ValueError: a column has more or fewer rows than there are steps.
+        """
+        history = cls()
+        for name, column in columns.items():
+            if len(column) != len(steps):
+                raise ValueError(f"expected {len(steps)} rows in the column {name}, got {len(column)}")
+        history.step = list(steps)
+        history._columns = {name: list(column) for name, column in columns.items()}
+        return history
+
     def record(self, step: int, **values: torch.Tensor) -> None:
-        """Add a row: one (E,) tensor a column, the same columns in every row."""
+        """Add a row: one (E, …) tensor a column, the same columns in every row."""
         if self.step and values.keys() != self._columns.keys():
             raise ValueError(f"expected the columns {', '.join(self._columns)}, got {', '.join(values)}")
         self.step.append(step)
@@ -31,18 +46,19 @@ class History:
         return name in self._columns
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """One column as (T, E) on the CPU.
+        """One column as (T, E, …) on the CPU.
 
         Raises:
             KeyError: no such column was recorded.
         """
         if name not in self._columns:
             raise KeyError(f"expected a column out of {', '.join(self._columns) or 'none'}, got {name!r}")
-        return torch.stack(self._columns[name]).cpu()
+        return torch.stack([value.cpu() for value in self._columns[name]])
 
     def last(self) -> dict[str, float]:
-        """The newest row, averaged over experiments."""
-        return {name: values[-1].mean().item() for name, values in self._columns.items()}
+        """The newest row, averaged over experiments; columns that hold more than one number each are left out."""
+        newest = {name: values[-1] for name, values in self._columns.items()}
+        return {name: value.mean().item() for name, value in newest.items() if value.ndim == 1}
 
     def __len__(self) -> int:
         return len(self.step)

@@ -105,7 +105,7 @@ def test_a_damaged_file_is_refused(tmp_path, found, damage):
     else:
         content += b"0" * 9
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="expected a mask file of sparse-gen, got"):
+    with pytest.raises(ValueError, match="expected a sparse-gen mask file, got"):
         sg.Mask.load(path)
 
 
@@ -115,7 +115,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         sg.Mask.load(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("missing", ["shapes", "sha256", "recipe", "version"])
+@pytest.mark.parametrize("missing", ["shapes", "sha256", "recipe", "version", "whole", "weights"])
 def test_a_file_with_an_incomplete_header_is_refused(tmp_path, found, missing):
     path = tmp_path / "m.safetensors"
     found.save(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from math import prod
 
 import torch
 from torch import nn
@@ -37,6 +38,12 @@ class CompiledGenerator(nn.Module):
     @property
     def experiments(self) -> int:
         return len(self.values)
+
+    def kernel_entries(self) -> torch.Tensor:
+        """Which of `values` belong to a weight with kernel dimensions: bool, broadcastable to (E, kept)."""
+        sizes = [prod(shape) for shape in self._layout.shapes.values()]
+        kernels = torch.tensor([len(shape) == 4 for shape in self._layout.shapes.values()])
+        return kernels.repeat_interleave(torch.tensor(sizes)).to(self._index.device)[self._index]
 
     def _dense(self) -> dict[str, torch.Tensor]:
         zeros = self.values.new_zeros(self.experiments, self._layout.numel)

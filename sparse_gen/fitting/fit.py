@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from sparse_gen.analysis.rings import ring_energies
+from sparse_gen.checkpoint import Checkpoints, fingerprint
 from sparse_gen.engine.checks import check_count, check_image, check_input, check_output, check_positive
 from sparse_gen.engine.compile import CompiledGenerator
 from sparse_gen.fitting.metrics import psnr
+from sparse_gen.fitting.optimiser import Optimiser
 from sparse_gen.history import History
 from sparse_gen.ops.philox import Stream, normal, seed_tensor
 
@@ -19,7 +22,10 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 
 class Stop(Protocol):
-    """A stopping rule that needs no clean image."""
+    """A stopping rule that needs no clean image.
+
+    Those of `sparse_gen.stop` also stop each experiment on its own, and can be stored in a checkpoint.
+    """
 
     def update(self, step: int, image: torch.Tensor) -> bool:
         """Take the output of a step, (E, C, H, W), and say whether to stop."""
@@ -34,15 +40,15 @@ class FitResult:
     """What a fit gave.
 
     Attributes:
-        image: the output after the last step, or the one that the stopping rule selected; (E, C, H, W).
-        history: columns "loss", and "psnr" where a clean image was given.
-        stopped_at: the number of steps after which the rule stopped the fit, None if it ran to its end.
+        image: the output after the last step, its running average, or what the stopping rule selected; (E, C, H, W).
+        history: columns "loss", "psnr" with a clean image, and one for each option that is on.
+        stopped_at: after how many steps the rule stopped, None if it did not; a list where there are experiments.
         module: the module that was trained.
     """
 
     image: torch.Tensor
     history: History
-    stopped_at: int | None
+    stopped_at: int | list[int | None] | None
     module: nn.Module
 
 
@@ -55,9 +61,14 @@ def fit(
     lr: float = 1e-2,
     clean: torch.Tensor | None = None,
     stop: Stop | None = None,
+    average: float | None = None,
     input_jitter: float = 0.0,
-    seed: int = 0,
+    tv_weight: float = 0.0,
+    langevin: float = 0.0,
+    rings: int | None = None,
+    seed: int | Sequence[int] = 0,
     every: int = 10,
+    checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
 ) -> FitResult:
     """Train a generator's parameters with Adam until its output fits y.
@@ -69,21 +80,102 @@ def fit(
         steps: how many at most.
         lr: Adam's learning rate; the papers take 1e-2 for masked networks and 1e-3 for whole ones.
         clean: the clean image, for the PSNR in the history only.
-        stop: a stopping rule, asked after every step.
-        input_jitter: standard deviation of fresh Gaussian noise added to z at every step, 0 for none.
-        seed: of the jitter.
+        stop: a stopping rule, asked after every step; it selects the image.
+        average: decay of a running average of the outputs, such as 0.99, which is then the image.
+        input_jitter: standard deviation of fresh Gaussian noise added to z at every step; DIP takes 1/30.
+        tv_weight: weight of the output's total variation (mean absolute difference of neighbours).
+        langevin: noise added to every kernel weight after a step, in units of lr; the SGLD comparison takes 0.5.
+        rings: record the energy of the output's (and, with `clean`, its error's) spectrum in so many rings.
+        seed: of jitter and Langevin noise, or one an experiment.
         every: record the history (and report progress) every so many steps.
+        checkpoints: where to store the run's state and whether to resume from it.
         progress: called with (step, steps, latest values).
 
     Returns:
         `FitResult`. The loss at step t is that of the output before the t-th update.
 
     Raises:
-        ValueError: an argument is out of range, or shapes do not fit.
-        FloatingPointError: the loss is not finite; the message names the step.
+        ValueError: an argument is out of range, shapes do not fit, or the checkpoint is of another run.
+        FloatingPointError: the loss is not finite; the message names the step. Checkpoints stay at finite ones.
+        RunInterrupted: `checkpoints.request_stop()` was called.
 
-    Ulyanov et al., "Deep image prior" (CVPR 2018), eq. 2; Ghosh et al., ICML 2024, section 3.2.
+    Ulyanov et al., "Deep image prior" (CVPR 2018), eq. 2; Ghosh et al., ICML 2024, section 3.2; Cheng et al., "A
+    Bayesian perspective on the deep image prior" (CVPR 2019) for the Langevin noise.
     """
+    _check(module, z, y, clean, steps, every, lr, average, input_jitter, tv_weight, langevin, rings)
+    z = z.contiguous(memory_format=torch.channels_last)  # oneDNN and cuDNN then convolve without reordering
+    seeds = seed_tensor(seed, z.device)
+    optimiser = Optimiser(module, lr, langevin, seeds)
+    history, mean_output, stopped_at = History(), None, None
+    first_bad = torch.tensor(-1, device=z.device)
+
+    settings = {
+        "steps": steps, "lr": lr, "average": average, "input_jitter": input_jitter, "tv_weight": tv_weight,
+        "langevin": langevin, "rings": rings, "every": every, "seed": seeds.tolist(), "stop": _describe(stop),
+    }  # fmt: skip
+    start, over = 0, False
+    if checkpoints is not None:
+        if stop is not None and not hasattr(stop, "state"):
+            raise ValueError(f"expected a rule of sparse_gen.stop beside checkpoints, got {type(stop).__name__}")
+        inputs = [z, y, *module.parameters(), *([] if clean is None else [clean])]
+        settings["inputs"] = fingerprint(*inputs)
+        restored = checkpoints.load("fit", settings)
+        if restored is not None:
+            start, state, history = restored
+            optimiser.restore(state)
+            mean_output = state["average"].to(z.device) if "average" in state else None
+            if stop is not None:
+                stop.restore(_only(state, "stop/"), z.device)
+                over = stop.over
+
+    def state() -> dict[str, torch.Tensor]:
+        stored = optimiser.state()
+        if mean_output is not None:
+            stored["average"] = mean_output
+        if stop is not None:
+            stored |= {f"stop/{name}": tensor for name, tensor in stop.state().items()}
+        return stored
+
+    for step in range(start, start if over else steps):
+        output = module(_jittered(z, input_jitter, seeds, step) if input_jitter else z)
+        if step == start:
+            check_output(output, y)
+        loss = (output - y).square().mean(dim=(1, 2, 3))
+        variation = total_variation(output) if tv_weight else None
+        optimiser.step((loss if variation is None else loss + tv_weight * variation).sum(), step)
+
+        output = output.detach()
+        if average is not None:
+            mean_output = output if mean_output is None else torch.lerp(output, mean_output, average)
+        first_bad = torch.where((first_bad < 0) & ~loss.isfinite().all(), step, first_bad)
+        if step % every == 0 or step == steps - 1:
+            _check_finite(first_bad, lr, checkpoints)
+            _record(history, step, output, loss, clean, mean_output, variation, rings)
+            if progress is not None:
+                progress(step + 1, steps, history.last())
+        over = stop is not None and stop.update(step, output)
+        if checkpoints is not None and first_bad < 0:
+            checkpoints.store("fit", settings, step + 1, state, history, last=over or step == steps - 1)
+        if over:
+            stopped_at = step + 1
+            break
+
+    with torch.no_grad():
+        image = module(z) if mean_output is None else mean_output
+    if stop is not None:
+        image = stop.image
+    if hasattr(stop, "stopped_after"):
+        stopped_at = stop.stopped_after()
+    return FitResult(image, history, stopped_at, module)
+
+
+def total_variation(image: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of vertical plus that of horizontal neighbours: (E, C, H, W) to (E,)."""
+    rows = (image[..., 1:, :] - image[..., :-1, :]).abs().mean(dim=(1, 2, 3))
+    return rows + (image[..., 1:] - image[..., :-1]).abs().mean(dim=(1, 2, 3))
+
+
+def _check(module, z, y, clean, steps, every, lr, average, input_jitter, tv_weight, langevin, rings) -> None:
     check_input(z)
     check_image(y, z)
     if clean is not None:
@@ -91,37 +183,19 @@ def fit(
     check_count(steps, "steps")
     check_count(every, "every")
     check_positive(lr, "lr")
-    if not isinstance(module, CompiledGenerator) and max(len(z), len(y)) > 1:
+    if average is not None and not 0 < average < 1:
+        raise ValueError(f"expected average between 0 and 1, got {average!r}")
+    for name, value in {"input_jitter": input_jitter, "tv_weight": tv_weight, "langevin": langevin}.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"expected {name} from 0 on, got {value!r}")
+    if rings is not None:
+        check_count(rings, "rings")
+    experiments = max(len(z), len(y))
+    if not isinstance(module, CompiledGenerator) and experiments > 1:
         raise ValueError(
-            "expected one experiment for a plain module, whose normalisation would mix them, got "
-            f"{max(len(z), len(y))}, use sg.compile(module, example_input=z)"
+            f"expected one experiment for a plain module, whose normalisation would mix them, got {experiments}, "
+            "use sg.compile(module, example_input=z)"
         )
-    z = z.contiguous(memory_format=torch.channels_last)  # oneDNN and cuDNN then convolve without reordering
-    seeds = seed_tensor(seed, z.device)
-    optimiser = torch.optim.Adam(module.parameters(), lr=lr, fused=True)
-    history, stopped_at = History(), None
-
-    for step in range(steps):
-        output = module(_jittered(z, input_jitter, seeds, step) if input_jitter else z)
-        if step == 0:
-            check_output(output, y)
-        loss = (output - y).square().mean(dim=(1, 2, 3))
-        optimiser.zero_grad(set_to_none=True)
-        loss.sum().backward()
-        optimiser.step()
-        if step % every == 0 or step == steps - 1:
-            _record(history, step, output, loss, clean)
-            if not loss.isfinite().all():
-                raise FloatingPointError(f"the fit's loss is {loss.tolist()} at step {step}, lower lr ({lr})")
-            if progress is not None:
-                progress(step + 1, steps, history.last())
-        if stop is not None and stop.update(step, output.detach()):
-            stopped_at = step + 1
-            break
-
-    with torch.no_grad():
-        image = module(z) if stop is None else stop.image
-    return FitResult(image, history, stopped_at, module)
 
 
 def _jittered(z: torch.Tensor, deviation: float, seeds: torch.Tensor, step: int) -> torch.Tensor:
@@ -129,8 +203,33 @@ def _jittered(z: torch.Tensor, deviation: float, seeds: torch.Tensor, step: int)
     return z + deviation * numbers.to(z.dtype)
 
 
-def _record(history: History, step: int, output, loss, clean) -> None:
-    values = {"loss": loss}
+def _check_finite(first_bad: torch.Tensor, lr: float, checkpoints: Checkpoints | None) -> None:
+    if first_bad >= 0:
+        kept = "" if checkpoints is None else f", the state before it is in {checkpoints.folder}"
+        raise FloatingPointError(f"expected a finite loss, got none at step {int(first_bad)}, lower lr ({lr}){kept}")
+
+
+def _record(history: History, step, output, loss, clean, mean_output, variation, rings) -> None:
+    values: dict[str, torch.Tensor] = {"loss": loss}
     if clean is not None:
-        values["psnr"] = psnr(output.detach(), clean)
+        values["psnr"] = psnr(output, clean)
+        if mean_output is not None:
+            values["psnr_average"] = psnr(mean_output, clean)
+    if variation is not None:
+        values["total_variation"] = variation
+    if rings is not None:
+        values["ring_energy"] = ring_energies(output, rings)
+        if clean is not None:
+            values["ring_error"] = ring_energies(output - clean, rings)
     history.record(step, **values)
+
+
+def _describe(stop: Stop | None) -> dict[str, Any] | None:
+    if stop is None:
+        return None
+    plain = {name: value for name, value in vars(stop).items() if isinstance(value, (int, float, str))}
+    return {"rule": type(stop).__name__, **plain}
+
+
+def _only(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

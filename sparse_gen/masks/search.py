@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from sparse_gen.checkpoint import Checkpoints, fingerprint
 from sparse_gen.engine.checks import check_count, check_image, check_input, check_output, check_positive
 from sparse_gen.engine.compile import compile
 from sparse_gen.engine.functional import run_experiments, training_copy
@@ -21,11 +22,16 @@ from sparse_gen.masks.selection import kept_count, prunable_layout, top_k
 from sparse_gen.ops.concrete_mask import concrete_mask, concrete_mask_update, kl_divergence
 from sparse_gen.ops.philox import Stream, seed_tensor, uniform
 
+if TYPE_CHECKING:
+    from sparse_gen.fitting.stop import Settled
+
 PRESETS: dict[str, dict[str, Any]] = {
     # A larger step and a stronger prior settle in 1,000 steps; normalisation and biases are few and always kept.
     "quick": {"steps": 1000, "lr": 5e-2, "kl_weight": 1e-7, "prunable": "conv_weights"},
     "paper": {"steps": 60_000, "lr": 1e-2, "kl_weight": 1e-9, "prunable": "all"},
 }
+
+_STATE = ("logits", "exp_avg", "exp_avg_sq", "masked_weight")
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -41,6 +47,8 @@ class SearchResult:
         connected: False if the masked network's output is constant.
         disconnected_at: the layer from which on it is constant.
         settings: every constant of the search.
+        stopped_at: after how many steps the stopping rule ended the search, None if it did not; a list where there
+            are several experiments.
     """
 
     mask: Mask
@@ -49,6 +57,7 @@ class SearchResult:
     connected: bool
     disconnected_at: str | None
     settings: dict[str, Any] = field(default_factory=dict)
+    stopped_at: int | list[int | None] | None = None
 
     def sample_masks(self, count: int, seed: int = 0) -> list[Mask]:
         """Draw masks m ~ Ber(sigmoid(logits)) instead of keeping the largest; their density varies.
@@ -94,7 +103,9 @@ def search_mask(
     eps: float = 1e-8,
     seed: int | Sequence[int] = 0,
     every: int = 10,
+    stop: Settled | None = None,
     recipe: dict | None = None,
+    checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """Find the weights to keep by learning, for each, the probability that it should be.
@@ -119,7 +130,9 @@ def search_mask(
         betas, eps: Adam's.
         seed: of samples and ties, or one an experiment.
         every: record the history (and report progress) every so many steps.
+        stop: a rule that ends the search before `steps`, such as `sg.stop.Settled()`.
         recipe: plain data stored with the mask beside the network's, such as {"z": …, "noise": …}.
+        checkpoints: where to store the search's state and whether to resume from it.
         progress: called with (step, steps, latest values).
 
     Returns:
@@ -127,8 +140,9 @@ def search_mask(
 
     Raises:
         ValueError: an argument is out of range, shapes do not fit, or the density is too small to keep what is
-            always kept.
-        FloatingPointError: the loss is not finite; the message names the step.
+            always kept; or the checkpoint is of another run.
+        FloatingPointError: the loss is not finite; the message names the step. Checkpoints stay at finite ones.
+        RunInterrupted: `checkpoints.request_stop()` was called.
 
     Warns:
         DisconnectedMaskWarning: the mask cuts the network.
@@ -163,32 +177,63 @@ def search_mask(
     _, masked_weight = concrete_mask(logits, weight, seeds, 0, temperature=temperature)
     history = History()
 
-    for step in range(steps):
+    settings.update(
+        density=density,
+        temperature=temperature,
+        prior=prior,
+        initial_logit=initial_logit,
+        betas=list(betas),
+        eps=eps,
+        seed=seeds.tolist() if experiments > 1 else int(seeds[0]),
+        preset=preset,
+    )
+    if not isinstance(settings["prunable"], str):
+        settings["prunable"] = list(layout.shapes)
+    start = 0
+    if checkpoints is not None:
+        rule = None if stop is None else {"window": stop.window, "tolerance": stop.tolerance}
+        identity = {**settings, "every": every, "stop": rule, "inputs": fingerprint(z, y, *net.parameters())}
+        restored = checkpoints.load("search", identity)
+        if restored is not None:
+            start, state, history = restored
+            logits, exp_avg, exp_avg_sq, masked_weight = (state.pop(name).to(z.device) for name in _STATE)
+            if stop is not None:
+                stop.restore({name.removeprefix("stop/"): tensor for name, tensor in state.items()}, z.device)
+
+    def state() -> dict[str, torch.Tensor]:
+        tensors = dict(zip(_STATE, (logits, exp_avg, exp_avg_sq, masked_weight), strict=True))
+        rule = {} if stop is None else stop.state()
+        return tensors | {f"stop/{name}": tensor for name, tensor in rule.items()}
+
+    first_bad = torch.tensor(-1, device=z.device)
+    over = stop is not None and stop.over
+    for step in range(start, start if over else steps):
         leaf = masked_weight.requires_grad_()
         output = run_experiments(network, layout.views(leaf), z)
-        if step == 0:
+        if step == start:
             check_output(output, y)
         loss = (output - y).square().mean(dim=(1, 2, 3))
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         masked_weight = leaf.detach()
+        first_bad = torch.where((first_bad < 0) & ~loss.isfinite().all(), step, first_bad)
         if step % every == 0 or step == steps - 1:
-            with torch.no_grad():
-                history.record(step, loss=loss, kl=kl_divergence(logits, prior))
-            if not loss.isfinite().all():
-                raise FloatingPointError(f"the search's loss is {loss.tolist()} at step {step}, lower lr ({lr})")
+            if first_bad >= 0:
+                raise FloatingPointError(f"expected a finite loss, got none at step {int(first_bad)}, lower lr ({lr})")
+            history.record(step, loss=loss, kl=kl_divergence(logits, prior))
             if progress is not None:
                 progress(step + 1, steps, history.last())
         concrete_mask_update(
             logits, exp_avg, exp_avg_sq, masked_weight, weight, gradient, seeds, step, temperature=temperature,
             kl_weight=kl_weight, prior=prior, lr=lr, betas=betas, eps=eps,
         )  # fmt: skip
+        over = stop is not None and stop.update(step, logits, count)
+        if checkpoints is not None and first_bad < 0:
+            checkpoints.store("search", identity, step + 1, state, history, last=over or step == steps - 1)
+        if over:
+            break
+    if stop is not None:
+        logits = stop.selected(logits)
 
-    settings.update(
-        density=density, temperature=temperature, prior=prior, initial_logit=initial_logit, betas=list(betas), eps=eps,
-        seed=seeds.tolist() if experiments > 1 else int(seeds[0]), preset=preset,
-    )  # fmt: skip
-    if not isinstance(settings["prunable"], str):
-        settings["prunable"] = list(layout.shapes)
     keep = top_k(logits, count, seeds)
     recipe = {**_network_recipe(net), "search": {"method": "oes", **settings}, **(recipe or {})}
     mask = _make_mask(network, layout, whole, keep, weight, recipe)
@@ -201,7 +246,10 @@ def search_mask(
             stacklevel=2,
         )
     logit_views = layout.views(logits if experiments > 1 else logits[0])
-    return SearchResult(mask, logit_views, history, connectivity.connected, connectivity.disconnected_at, settings)
+    stopped_at = None if stop is None else stop.stopped_after()
+    return SearchResult(
+        mask, logit_views, history, connectivity.connected, connectivity.disconnected_at, settings, stopped_at
+    )
 
 
 def masked_output(net: nn.Module, z: torch.Tensor, masks: Mask | Sequence[Mask]) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Stream(IntEnum):
     MASK = 3
     TIES = 4
     JITTER = 5
+    LANGEVIN = 6
 
 
 def philox_4x32_10(counter: list[torch.Tensor], key: list[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,120 @@
+"""What we compare with: the published loop, and the best plain PyTorch.
+
+`PublishedSearch` does what the authors' loop does, as PAPERS' facts describe it: logits and samples parameter by
+parameter, a two-class Gumbel-softmax, a copy of the network every step, the KL through autograd, Adam over a
+list. `PlainSearch` is the same step written as well as PyTorch allows: one flat vector, one uniform a weight,
+channels_last, fused Adam. Both take the logistic noise from outside for the equality check.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from sparse_gen.engine.functional import training_copy
+from sparse_gen.engine.layout import ParameterLayout
+from sparse_gen.ops.concrete_mask import KL_OFFSET, kl_divergence
+
+TEMPERATURE = 0.2
+
+
+class PublishedSearch:
+    """A search over all parameters, one at a time."""
+
+    def __init__(self, net, z, y, *, lr, kl_weight, prior):
+        self.net, self.z, self.y = net, z, y
+        self.kl_weight, self.prior = kl_weight, prior
+        self.logits = [torch.zeros_like(p, requires_grad=True) for p in net.parameters()]
+        self.adam = torch.optim.Adam(self.logits, lr=lr)
+
+    def sample(self, logistic=None):
+        """One soft mask a parameter; `logistic` is the difference of the two Gumbel numbers, if given."""
+        masks = []
+        for i, logit in enumerate(self.logits):
+            p = torch.sigmoid(logit)
+            classes = torch.stack([torch.log(p), torch.log(1 - p)], dim=-1)
+            if logistic is None:
+                masks.append(F.gumbel_softmax(classes, tau=TEMPERATURE)[..., 0])
+            else:
+                gumbel = torch.stack([logistic[i], torch.zeros_like(logistic[i])], dim=-1)
+                masks.append(F.softmax((classes + gumbel) / TEMPERATURE, dim=-1)[..., 0])
+        return masks
+
+    def kl(self):
+        total = 0
+        for logit in self.logits:
+            p = torch.sigmoid(logit)
+            kept = p * torch.log((p + KL_OFFSET) / self.prior)
+            total = total + (kept + (1 - p) * torch.log((1 - p + KL_OFFSET) / (1 - self.prior))).sum()
+        return total
+
+    def step(self, logistic=None):
+        net = deepcopy(self.net)
+        masks = self.sample(logistic)
+        masked = {name: p.detach() * m for (name, p), m in zip(net.named_parameters(), masks, strict=True)}
+        loss = F.mse_loss(functional_call(net, masked, (self.z,)), self.y) + self.kl_weight * self.kl()
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.step()
+
+    def mask_step(self, gradients):
+        """The same without the network: its gradients by the masked weights are given."""
+        masks = self.sample()
+        loss = sum((g * p.detach() * m).sum() for g, p, m in zip(gradients, self.net.parameters(), masks, strict=True))
+        self.adam.zero_grad()
+        (loss + self.kl_weight * self.kl()).backward()
+        self.adam.step()
+
+    def flat_logits(self):
+        return torch.cat([logit.detach().flatten() for logit in self.logits])
+
+
+class PlainSearch:
+    """The same search as one flat vector."""
+
+    def __init__(self, net, z, y, *, lr, kl_weight, prior):
+        self.net = training_copy(net)
+        self.layout = ParameterLayout.of(self.net)
+        self.weight = self.layout.flatten(dict(self.net.named_parameters()))
+        self.z = z.contiguous(memory_format=torch.channels_last)
+        self.y, self.kl_weight, self.prior = y, kl_weight, prior
+        self.logits = torch.zeros_like(self.weight, requires_grad=True)
+        self.adam = torch.optim.Adam([self.logits], lr=lr, fused=True)
+
+    def masked_weight(self, logistic=None):
+        logistic = torch.rand_like(self.logits).logit_(eps=1e-7) if logistic is None else logistic
+        return self.weight * torch.sigmoid((self.logits + logistic) / TEMPERATURE)
+
+    def loss(self, masked_weight):
+        output = functional_call(self.net, self.layout.views(masked_weight), (self.z,))
+        return F.mse_loss(output, self.y) + self.kl_weight * kl_divergence(self.logits[None], self.prior).sum()
+
+    def step(self, logistic=None):
+        self.adam.zero_grad()
+        self.loss(self.masked_weight(logistic)).backward()
+        self.adam.step()
+
+    def mask_step(self, gradient):
+        loss = (gradient * self.masked_weight()).sum()
+        self.adam.zero_grad()
+        (loss + self.kl_weight * kl_divergence(self.logits[None], self.prior).sum()).backward()
+        self.adam.step()
+
+    def flat_logits(self):
+        return self.logits.detach()
+
+
+class CompiledSearch(PlainSearch):
+    """The plain search with its sampling, network and loss through torch.compile."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._sampled_loss = torch.compile(lambda: self.loss(self.masked_weight()))
+
+    def step(self, logistic=None):
+        self.adam.zero_grad()
+        self._sampled_loss().backward()
+        self.adam.step()

@@ -1,0 +1,164 @@
+"""Checkpoints of a running search or fit, so that a kill at any moment loses at most a few seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_gen.history import History
+from sparse_gen.ops.extension import status
+from sparse_gen.tensorfile import read_tensors, write_tensors
+
+VERSION = 1
+KEPT = 2
+
+
+class RunInterrupted(Exception):  # noqa: N818: it is no error, the run was asked to end
+    """A run was asked to stop, and has stored where it was."""
+
+
+class Checkpoints:
+    """The folder in which a run stores where it is.
+
+    Args:
+        folder: made if missing. A search and a fit may share it; another run may not.
+        seconds: at most this long between two checkpoints.
+        resume: go on from the newest sound checkpoint in the folder, if there is one.
+
+    Files are written under another name, synced and renamed, and the last two are kept: should the newest be torn,
+    the one before it serves. A checkpoint knows what bits depend on (settings, seeds, inputs, threads, instruction
+    set, torch version), and a run that differs in any of them is refused.
+    """
+
+    def __init__(self, folder: str | PathLike, *, seconds: float = 60.0, resume: bool = False):
+        if not seconds >= 0:
+            raise ValueError(f"expected the seconds between checkpoints from 0 on, got {seconds}")
+        self.folder, self.seconds, self.resume = Path(folder), seconds, resume
+        self._stop_requested = False
+        self._saved_at = time.monotonic()
+
+    def request_stop(self) -> None:
+        """Ask the run to store where it is and to raise `RunInterrupted`; safe to call in a signal handler."""
+        self._stop_requested = True
+
+    def load(self, name: str, identity: Mapping[str, Any]) -> tuple[int, dict[str, torch.Tensor], History] | None:
+        """The newest sound state of the run, or None where there is none or none is wanted.
+
+        Args:
+            name: "search" or "fit".
+            identity: everything besides the environment that the run's bits depend on, as plain data.
+
+        Raises:
+            ValueError: the folder holds the state of a run that differs; the message says in what.
+        """
+        self._saved_at = time.monotonic()
+        if not self.resume:
+            return None
+        for path in self._newest_first(name):
+            try:
+                header, tensors = read_tensors(path, kind="checkpoint", version=VERSION)
+                found = header["identity"] | header["environment"]
+                step, columns = int(header["step"]), list(header["columns"])
+                history = History.restored(header["history_steps"], {c: tensors.pop(f"history/{c}") for c in columns})
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                warnings.warn(f"{error}; the checkpoint before it is used, if any", RuntimeWarning, stacklevel=3)
+                continue
+            _check_same(found, {**identity, **_environment()}, path)
+            return step, tensors, history
+        return None
+
+    def store(
+        self,
+        name: str,
+        identity: Mapping[str, Any],
+        step: int,
+        state: Callable[[], Mapping[str, torch.Tensor]],
+        history: History,
+        *,
+        last: bool = False,
+    ) -> None:
+        """Write a checkpoint if it is time to, the run ends or was asked to.
+
+        Args:
+            name: "search" or "fit".
+            identity: as for `load`.
+            step: how many steps are done.
+            state: gives the tensors to store; called only if they are.
+            history: recorded so far.
+            last: the run is complete.
+
+        Raises:
+            RunInterrupted: after writing, if `request_stop` was called and the run is not complete.
+            OSError: the folder cannot be written; the checkpoints before stay.
+        """
+        due = last or self._stop_requested or time.monotonic() - self._saved_at >= self.seconds
+        if not due:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {**state(), **{f"history/{column}": history[column] for column in history.columns}}
+        header = {
+            "step": step,
+            "identity": dict(identity),
+            "environment": _environment(),
+            "history_steps": history.step,
+            "columns": list(history.columns),
+        }
+        path = self.folder / f"{name}-{step:09d}.safetensors"
+        write_tensors(path, tensors, kind="checkpoint", version=VERSION, header=header)
+        for old in self._newest_first(name)[KEPT:]:
+            old.unlink(missing_ok=True)
+        self._saved_at = time.monotonic()
+        if self._stop_requested and not last:
+            raise RunInterrupted(f"stopped after step {step} of the {name}, which is stored in {self.folder}")
+
+    def clear(self) -> None:
+        """Delete the checkpoints of this folder: the run they belong to is complete."""
+        for name in ("search", "fit"):
+            for path in self._newest_first(name):
+                path.unlink(missing_ok=True)
+
+    def _newest_first(self, name: str) -> list[Path]:
+        pattern = re.compile(rf"{name}-\d{{9}}\.safetensors")
+        if not self.folder.is_dir():
+            return []
+        return sorted((p for p in self.folder.iterdir() if pattern.fullmatch(p.name)), reverse=True)
+
+
+def fingerprint(*tensors: torch.Tensor) -> str:
+    """The SHA-256 of tensors' bytes, as part of a run's identity."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "instruction_set": status().instruction_set,
+        "torch": torch.__version__,
+    }
+
+
+_ADVICE = {
+    "threads": "call torch.set_num_threads (command line: --threads)",
+    "instruction_set": "resume on a machine like the one that began it",
+    "torch": "resume with the version that began it",
+}
+
+
+def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    for key in [*wanted, *found]:
+        if found.get(key) != wanted.get(key):
+            raise ValueError(
+                f"expected to resume the run of {path.parent}, which has {key} = {found.get(key)!r}, got "
+                f"{wanted.get(key)!r}, {_ADVICE.get(key, 'use its settings or another folder')}"
+            )
