@@ -9,6 +9,7 @@ from . import ops as ops
 from .checkpoint import Checkpoints as Checkpoints
 from .checkpoint import RunInterrupted as RunInterrupted
 from .engine import compile as compile
+from .engine import stack as stack
 from .fitting import FitResult as FitResult
 from .fitting import fit as fit
 from .fitting import stop as stop

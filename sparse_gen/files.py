@@ -55,7 +55,7 @@ def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
         ValueError: if a value is not finite.
         OSError: as `atomic_write`.
     """
-    text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(data, indent=2, allow_nan=False)
     with atomic_write(path, "w") as file:
         file.write(text + "\n")
 

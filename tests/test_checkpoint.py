@@ -162,7 +162,7 @@ def test_other_threads_are_refused(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        with pytest.raises(ValueError, match=f"has threads = {threads}, got {threads + 1}, call torch.set_num_threads"):
+        with pytest.raises(ValueError, match=rf"has threads = {threads}, got {threads + 1}, call torch.set_num_threads"):
             fit(tmp_path, resume=True)
     finally:
         torch.set_num_threads(threads)

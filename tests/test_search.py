@@ -24,7 +24,7 @@ def same_masks(a, b):
 
 
 def test_it_learns():
-    z, y, clean = problem()
+    z, _, clean = problem()
     net = small_net()
     result = search(net, steps=150)
     loss = result.history["loss"]
@@ -157,6 +157,24 @@ def test_a_living_skip_connection_keeps_the_network_connected():
     parameters = {name: p.detach()[None] for name, p in net.named_parameters()}
     parameters["encoder.2.norm2.weight"] = torch.zeros_like(parameters["encoder.2.norm2.weight"])
     assert probe_connectivity(net, parameters, problem()[0]).connected
+
+
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
+def test_the_rounding_of_a_constant_is_no_signal(upsample):
+    net = small_net(upsample=upsample)
+    parameters = {name: p.detach()[None] for name, p in net.named_parameters()}
+    parameters["encoder.0.conv1.1.weight"] = torch.zeros_like(parameters["encoder.0.conv1.1.weight"])
+    assert probe_connectivity(net, parameters, problem()[0]).disconnected_at == "encoder.0.conv1.1"
+
+
+def test_a_border_made_by_zero_padding_is_no_signal():
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(6, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 3, 3, padding=1)
+    )
+    parameters = {name: p.detach()[None] for name, p in net.named_parameters()}
+    assert probe_connectivity(net, parameters, problem()[0]).connected
+    parameters["1.weight"], parameters["1.bias"] = torch.zeros(1, 4), torch.ones(1, 4)
+    assert probe_connectivity(net, parameters, problem()[0]).disconnected_at == "1"
 
 
 def test_the_probe_looks_at_every_experiment():

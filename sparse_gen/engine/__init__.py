@@ -1,5 +1,6 @@
 """From a network and its mask to what runs."""
 
 from sparse_gen.engine.compile import CompiledGenerator, compile
+from sparse_gen.engine.stack import Stack, stack
 
-__all__ = ["CompiledGenerator", "compile"]
+__all__ = ["CompiledGenerator", "Stack", "compile", "stack"]

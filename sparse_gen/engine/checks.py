@@ -17,8 +17,21 @@ def check_input(z: torch.Tensor, name: str = "z") -> None:
         raise ValueError(f"expected finite numbers in {name}, got NaN or infinity")
 
 
-def check_image(image: torch.Tensor, z: torch.Tensor, name: str = "y") -> None:
+# A measurement that was not clipped: σ is at most 1 and our normal numbers at most 5.3.
+_UNCLIPPED = 5.5
+
+
+def check_image(image: torch.Tensor, z: torch.Tensor, name: str = "image") -> None:
     """Raise ValueError unless the image is (E, C, H, W), C from 1 to 4, in [0, 1], of z's size and device."""
+    _check_pair(image, z, name, 0.0)
+
+
+def check_measurement(y: torch.Tensor, z: torch.Tensor) -> None:
+    """The same for a measurement y, which noise may lead out of [0, 1]."""
+    _check_pair(y, z, "y", _UNCLIPPED)
+
+
+def _check_pair(image: torch.Tensor, z: torch.Tensor, name: str, beyond: float) -> None:
     check_input(image, name)
     if not 1 <= image.shape[1] <= 4:
         raise ValueError(f"expected {name} with 1 to 4 channels, got {image.shape[1]}")
@@ -32,7 +45,7 @@ def check_image(image: torch.Tensor, z: torch.Tensor, name: str = "y") -> None:
     if image.device != z.device or image.dtype != z.dtype:
         raise ValueError(f"expected {name} of {z.dtype} on {z.device} like z, got {image.dtype} on {image.device}")
     low, high = image.aminmax()
-    if low < 0 or high > 1:
+    if low < -beyond or high > 1 + beyond:
         raise ValueError(f"expected {name} in [0, 1], got values from {low:.3g} to {high:.3g}, scale it (8 bit: /255)")
 
 

@@ -13,6 +13,7 @@ from sparse_gen.engine.checks import check_input
 from sparse_gen.engine.functional import run_experiments, training_copy
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.plan import Plan, plan_stages
+from sparse_gen.engine.stack import Stack, initial_weights, template
 
 
 class CompiledGenerator(nn.Module):
@@ -68,7 +69,8 @@ class CompiledGenerator(nn.Module):
         dense = self._dense()
         modules = []
         for e in range(self.experiments):
-            module = deepcopy(self._modules_outside[0]).to(self.values.device)
+            original = self._modules_outside[0]
+            module = deepcopy(original.networks[e] if isinstance(original, Stack) else original).to(self.values.device)
             for name, parameter in module.named_parameters():
                 parameter.copy_(dense[name][e])
             z = self._example_input
@@ -92,7 +94,7 @@ def compile(network: nn.Module, mask=None, example_input=None, *, weights: str |
     """Turn a network and a mask into a module with the same outputs that trains only the kept weights.
 
     Args:
-        network: any module; it is left untouched.
+        network: any module, or a `stack` of several initialisations; it is left untouched.
         mask: an `sg.Mask`, or None to keep everything. With a leading E there is one mask an experiment.
         example_input: z of shape (E, C, H, W), which fixes shapes, device and the number of experiments.
         weights: where the kept weights start: "mask" (those stored in it), "net" (the network's). Needed only
@@ -111,19 +113,22 @@ def compile(network: nn.Module, mask=None, example_input=None, *, weights: str |
     if example_input is None:
         raise ValueError("expected an example_input of shape (E, C, H, W), got none")
     check_input(example_input, "example_input")
-    layout = ParameterLayout.of(network)
-    reference = training_copy(network)
-    initial = layout.flatten(dict(network.named_parameters()))[None]
-    experiments = len(example_input)
+    one = template(network)
+    layout = ParameterLayout.of(one)
+    reference = training_copy(one)
+    initial = initial_weights(network, layout)
+    experiments = max(len(example_input), len(initial), 1 if mask is None else mask.experiments)
+    for name, count in {"example_input": len(example_input), "a stack": len(initial)}.items():
+        if count not in (1, experiments):
+            raise ValueError(f"expected {name} of {experiments} experiments (or 1), got {count}")
     if mask is None:
         keep = torch.ones(1, layout.numel, dtype=torch.bool, device=initial.device)
     else:
-        mask.check_fits(network)
-        experiments = max(experiments, mask.experiments)
+        mask.check_fits(one)
         if mask.experiments not in (1, experiments):
             raise ValueError(f"expected a mask for {experiments} experiments (or 1), got {mask.experiments}")
-        keep = layout.flatten(mask.dense(network), mask.experiments).to(initial.device)
-        initial = _choose_weights(mask, network, layout, initial, keep, weights)
+        keep = layout.flatten(mask.dense(one), mask.experiments).to(initial.device)
+        initial = _choose_weights(mask, one, layout, initial, keep, weights)
     counts = keep.sum(dim=1)
     if (counts != counts[0]).any():
         raise ValueError(
@@ -131,7 +136,7 @@ def compile(network: nn.Module, mask=None, example_input=None, *, weights: str |
             "compile them one at a time"
         )
     index = keep.nonzero()[:, 1].view(len(keep), -1)
-    values = initial.expand(len(keep), -1).gather(1, index).expand(experiments, -1).clone()
+    values = initial.expand(experiments, -1).gather(1, index.expand(experiments, -1))
     kept = {name: int(piece[0].sum()) for name, piece in layout.views(keep).items()}
     plan = plan_stages(reference, kept, example_input)
     return CompiledGenerator(network, reference, layout, index, values, example_input, plan)

@@ -11,7 +11,14 @@ from torch import nn
 
 from sparse_gen.analysis.rings import ring_energies
 from sparse_gen.checkpoint import Checkpoints, fingerprint
-from sparse_gen.engine.checks import check_count, check_image, check_input, check_output, check_positive
+from sparse_gen.engine.checks import (
+    check_count,
+    check_image,
+    check_input,
+    check_measurement,
+    check_output,
+    check_positive,
+)
 from sparse_gen.engine.compile import CompiledGenerator
 from sparse_gen.fitting.metrics import psnr
 from sparse_gen.fitting.optimiser import Optimiser
@@ -177,7 +184,7 @@ def total_variation(image: torch.Tensor) -> torch.Tensor:
 
 def _check(module, z, y, clean, steps, every, lr, average, input_jitter, tv_weight, langevin, rings) -> None:
     check_input(z)
-    check_image(y, z)
+    check_measurement(y, z)
     if clean is not None:
         check_image(clean, z, "clean")
     check_count(steps, "steps")

@@ -1,12 +1,14 @@
 """Networks that make an image from a fixed random input."""
 
+from sparse_gen.generators.decoder import DeepDecoder
 from sparse_gen.generators.hourglass import Hourglass
 from sparse_gen.generators.noise import noise_input
 from sparse_gen.generators.sizes import deepest_depth
+from sparse_gen.generators.skip import Skip
 
-__all__ = ["Hourglass", "build", "deepest_depth", "noise_input"]
+__all__ = ["DeepDecoder", "Hourglass", "Skip", "build", "deepest_depth", "noise_input"]
 
-_GENERATORS = {generator.__name__: generator for generator in (Hourglass,)}
+_GENERATORS = {generator.__name__: generator for generator in (Hourglass, Skip, DeepDecoder)}
 
 
 def build(recipe: dict):

@@ -8,66 +8,22 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from sparse_gen.generators.blocks import (
+    Down,
+    Generator,
+    SkipConnection,
+    Up,
+    check_channels,
+    check_choice,
+    check_odd,
+    deepest_level,
+    per_scale,
+)
 from sparse_gen.generators.initialise import initialise
 from sparse_gen.generators.sizes import DEEPEST_LEVEL, check_size, extend_by_reflection
 
-NEGATIVE_SLOPE = 0.2
 
-
-def _padded_convolution(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:
-    pad = [nn.ReflectionPad2d(kernel // 2)] if kernel > 1 else []
-    return nn.Sequential(*pad, nn.Conv2d(in_channels, out_channels, kernel))
-
-
-class _Down(nn.Module):
-    """Convolution, 2×2 average pool, BN, LeakyReLU, convolution, BN, LeakyReLU: half the size."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int):
-        super().__init__()
-        self.conv1 = _padded_convolution(in_channels, out_channels, kernel)
-        self.norm1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = _padded_convolution(out_channels, out_channels, kernel)
-        self.norm2 = nn.BatchNorm2d(out_channels)
-        self.pool = nn.AvgPool2d(2)
-        self.act = nn.LeakyReLU(NEGATIVE_SLOPE)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.act(self.norm1(self.pool(self.conv1(x))))
-        return self.act(self.norm2(self.conv2(x)))
-
-
-class _Skip(nn.Module):
-    """1×1 convolution, BN, LeakyReLU: what a scale passes to the decoder beside the deeper scales."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1)
-        self.norm = nn.BatchNorm2d(out_channels)
-        self.act = nn.LeakyReLU(NEGATIVE_SLOPE)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.norm(self.conv(x)))
-
-
-class _Up(nn.Module):
-    """×2 up-sampling, [concatenation,] BN, convolution, BN, LeakyReLU: twice the size."""
-
-    def __init__(self, in_channels: int, skip_channels: int, out_channels: int, kernel: int, mode: str):
-        super().__init__()
-        self.upsample = nn.Upsample(scale_factor=2, mode=mode)
-        self.norm1 = nn.BatchNorm2d(in_channels + skip_channels)
-        self.conv = _padded_convolution(in_channels + skip_channels, out_channels, kernel)
-        self.norm2 = nn.BatchNorm2d(out_channels)
-        self.act = nn.LeakyReLU(NEGATIVE_SLOPE)
-
-    def forward(self, x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
-        x = self.upsample(x)
-        if skip is not None:
-            x = torch.cat([x, skip], dim=1)
-        return self.act(self.norm2(self.conv(self.norm1(x))))
-
-
-class Hourglass(nn.Module):
+class Hourglass(Generator):
     """Encoder and decoder over several scales; 3,008,867 parameters by default.
 
     The parameters are listed from the outermost scale in, then along the decoder from the deepest scale out,
@@ -107,10 +63,13 @@ class Hourglass(nn.Module):
         skip_channels: int = 0,
         seed: int = 0,
     ):
-        super().__init__()
         depth = len(channels) if depth is None else depth
-        _check(in_channels, out_channels, channels, depth, down_kernel, up_kernel, upsample, skip_channels)
-        self._arguments = {
+        check_channels(in_channels, out_channels, channels, depth)
+        check_odd(down_kernel=down_kernel, up_kernel=up_kernel)
+        check_choice("upsample", upsample, "nearest", "bilinear")
+        if skip_channels < 0:
+            raise ValueError(f"expected skip_channels of at least 0, got {skip_channels}")
+        arguments = {
             "in_channels": in_channels,
             "out_channels": out_channels,
             "channels": list(channels),
@@ -121,22 +80,17 @@ class Hourglass(nn.Module):
             "skip_channels": skip_channels,
             "seed": seed,
         }
-        self.depth = depth
-        self.deepest_level = max(DEEPEST_LEVEL, down_kernel // 2 + 1)
-        widths = [*channels, *[channels[-1]] * depth][:depth]
+        super().__init__(arguments, depth, max(DEEPEST_LEVEL, deepest_level(down_kernel, up_kernel)))
+        widths = per_scale(channels, depth)
         scales = list(pairwise([in_channels, *widths]))
-        self.encoder = nn.ModuleList(_Down(outer, inner, down_kernel) for outer, inner in scales)
-        self.skips = nn.ModuleList(_Skip(outer, skip_channels) for outer, _ in scales if skip_channels)
+        self.encoder = nn.ModuleList(Down(outer, inner, down_kernel, "avg") for outer, inner in scales)
+        self.skips = nn.ModuleList(SkipConnection(outer, skip_channels) for outer, _ in scales if skip_channels)
         deepest_first = [widths[-1], *reversed(widths)]
         self.decoder = nn.ModuleList(
-            _Up(inner, skip_channels, outer, up_kernel, upsample) for inner, outer in pairwise(deepest_first)
+            Up(inner, skip_channels, outer, up_kernel, upsample) for inner, outer in pairwise(deepest_first)
         )
         self.head = nn.Conv2d(widths[0], out_channels, 1)
         initialise(self, seed)
-
-    def recipe(self) -> dict:
-        """The class and arguments that build this network again, initialisation included."""
-        return {"class": type(self).__name__, "arguments": dict(self._arguments)}
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         height, width = z.shape[-2:]
@@ -149,21 +103,3 @@ class Hourglass(nn.Module):
         for scale, up in zip(reversed(range(self.depth)), self.decoder, strict=True):
             x = up(x, self.skips[scale](outer[scale]) if self.skips else None)
         return torch.sigmoid(self.head(x))[..., :height, :width]
-
-
-def _check(in_channels, out_channels, channels, depth, down_kernel, up_kernel, upsample, skip_channels):
-    if in_channels < 1:
-        raise ValueError(f"expected in_channels of at least 1, got {in_channels}")
-    if not 1 <= out_channels <= 4:
-        raise ValueError(f"expected out_channels from 1 to 4, got {out_channels}")
-    if not channels or min(channels) < 1:
-        raise ValueError(f"expected channels as one or more positive widths, got {channels!r}")
-    if depth < 1:
-        raise ValueError(f"expected a depth of at least 1, got {depth}")
-    for name, kernel in {"down_kernel": down_kernel, "up_kernel": up_kernel}.items():
-        if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"expected an odd {name}, got {kernel}")
-    if upsample not in ("nearest", "bilinear"):
-        raise ValueError(f"expected upsample 'nearest' or 'bilinear', got {upsample!r}")
-    if skip_channels < 0:
-        raise ValueError(f"expected skip_channels of at least 0, got {skip_channels}")

@@ -32,6 +32,10 @@ def deepest_depth(size: tuple[int, int], limit: int = 6, deepest_level: int = DE
 
 def check_size(size: tuple[int, int], depth: int, deepest_level: int = DEEPEST_LEVEL) -> None:
     """Raise a ValueError that names the depth that fits if `depth` does not."""
+    if depth == 0:
+        if min(size) < deepest_level:
+            raise ValueError(f"expected an image of at least {deepest_level} pixels a side, got {size[0]}×{size[1]}")
+        return
     fits = deepest_depth(size, depth, deepest_level)
     if fits < depth:
         raise ValueError(

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from sparse_gen.checkpoint import Checkpoints, fingerprint
-from sparse_gen.engine.checks import check_count, check_image, check_input, check_output, check_positive
+from sparse_gen.engine.checks import check_count, check_input, check_measurement, check_output, check_positive
 from sparse_gen.engine.compile import compile
 from sparse_gen.engine.functional import run_experiments, training_copy
 from sparse_gen.engine.layout import ParameterLayout
+from sparse_gen.engine.stack import Stack, initial_weights, template
 from sparse_gen.history import History
 from sparse_gen.masks.connectivity import DisconnectedMaskWarning, probe_connectivity
 from sparse_gen.masks.mask import Mask
@@ -114,7 +115,7 @@ def search_mask(
     concrete sample a step; θ stays as it is. The mask keeps the largest p, over all prunable parameters together.
 
     Args:
-        net: the network at its initialisation, in training mode; it is left untouched.
+        net: the network at its initialisation, in training mode, or a `stack` of several; it is left untouched.
         z: its input, (E, C, H, W) or (1, C, H, W).
         y: the measurement, (E, C, H, W) in [0, 1].
         density: kept fraction of all parameters, those that are always kept included.
@@ -153,11 +154,11 @@ def search_mask(
     steps, lr, kl_weight = settings["steps"], settings["lr"], settings["kl_weight"]
     prior = density if prior is None else prior
     check_input(z)
-    check_image(y, z)
+    check_measurement(y, z)
     check_count(steps, "steps")
     check_count(every, "every")
     check_positive(lr, "lr")
-    network = training_copy(net)
+    network = training_copy(template(net))
     layout = prunable_layout(network, settings["prunable"])
     whole = ParameterLayout.of(network, [n for n, _ in network.named_parameters() if n not in layout.shapes])
     count = kept_count(density, layout.numel + whole.numel, whole.numel)
@@ -166,14 +167,18 @@ def search_mask(
 
     z = z.contiguous(memory_format=torch.channels_last)  # oneDNN and cuDNN then convolve without reordering
     seeds = seed_tensor(seed, z.device)
-    experiments = max(len(z), len(y), len(seeds))
-    if len(seeds) not in (1, experiments):
-        raise ValueError(f"expected one seed or {experiments}, got {len(seeds)}")
+    counts = {"z": len(z), "y": len(y), "seed": len(seeds), "net": len(initial_weights(net, whole))}
+    experiments = max(counts.values())
+    for name, number in counts.items():
+        if number not in (1, experiments):
+            raise ValueError(f"expected {experiments} experiments (or 1) in {name}, got {number}")
     seeds = seeds.expand(experiments).contiguous()
 
-    weight = layout.flatten(dict(network.named_parameters())).to(z.dtype)
+    weight = initial_weights(net, layout).to(z.dtype)
+    kept_whole = whole.views(initial_weights(net, whole).to(z.dtype))
     logits = torch.full((experiments, layout.numel), float(initial_logit), dtype=z.dtype, device=z.device)
     exp_avg, exp_avg_sq = torch.zeros_like(logits), torch.zeros_like(logits)
+    weight = weight[0] if len(weight) == 1 else weight
     _, masked_weight = concrete_mask(logits, weight, seeds, 0, temperature=temperature)
     history = History()
 
@@ -209,7 +214,7 @@ def search_mask(
     over = stop is not None and stop.over
     for step in range(start, start if over else steps):
         leaf = masked_weight.requires_grad_()
-        output = run_experiments(network, layout.views(leaf), z)
+        output = run_experiments(network, layout.views(leaf) | kept_whole, z)
         if step == start:
             check_output(output, y)
         loss = (output - y).square().mean(dim=(1, 2, 3))
@@ -236,8 +241,8 @@ def search_mask(
 
     keep = top_k(logits, count, seeds)
     recipe = {**_network_recipe(net), "search": {"method": "oes", **settings}, **(recipe or {})}
-    mask = _make_mask(network, layout, whole, keep, weight, recipe)
-    connectivity = probe_connectivity(network, layout.views(weight * keep), z)
+    mask = _make_mask(layout, whole, keep, weight, kept_whole, recipe)
+    connectivity = probe_connectivity(network, layout.views(weight * keep) | kept_whole, z)
     if not connectivity.connected:
         warnings.warn(
             f"the mask disconnects the network at {connectivity.disconnected_at}: its output is constant and cannot be "
@@ -283,17 +288,17 @@ def _settings(preset: str, **given) -> dict[str, Any]:
 
 
 def _network_recipe(net: nn.Module) -> dict:
+    if isinstance(net, Stack):
+        recipes = [_network_recipe(network) for network in net.networks]
+        return {"net": [recipe["net"] for recipe in recipes]} if all(recipes) else {}
     return {"net": net.recipe()} if hasattr(net, "recipe") else {}
 
 
-def _make_mask(network, layout: ParameterLayout, whole: ParameterLayout, keep, weight, recipe) -> Mask:
+def _make_mask(layout: ParameterLayout, whole: ParameterLayout, keep, weight, kept_whole, recipe) -> Mask:
     experiments = len(keep) if len(keep) > 1 else None
     tensors = {name: k.cpu() for name, k in layout.views(keep if experiments else keep[0]).items()}
-    parameters = dict(network.named_parameters())
     shown = layout.views(weight.expand_as(keep) if experiments else weight)
     weights = {name: shown[name].cpu()[k] for name, k in tensors.items()}
-    weights |= {
-        name: parameters[name].detach().cpu().expand(len(keep), *shape).reshape(-1).clone()
-        for name, shape in whole.shapes.items()
-    }
+    for name, values in kept_whole.items():
+        weights[name] = values.cpu().expand(len(keep), *values.shape[1:]).reshape(-1).clone()
     return Mask(tensors, experiments=experiments, whole=whole.shapes, weights=weights, recipe=recipe)

@@ -1,0 +1,5 @@
+"""The command `sparse-gen`."""
+
+from sparse_gen.cli.main import main
+
+__all__ = ["main"]

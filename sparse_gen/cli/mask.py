@@ -1,0 +1,64 @@
+"""`sparse-gen mask`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparse_gen.cli.errors import one_line_errors
+
+EXAMPLE = "Example: sparse-gen mask show results/mask.safetensors"
+_BAR_WIDTH = 20
+
+app = typer.Typer(help="Look at mask files.", epilog=EXAMPLE)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `show` a command of its own while it is the only one."""
+
+
+@app.command("show", epilog=EXAMPLE)
+@one_line_errors
+def show(file: Annotated[Path, typer.Argument(help="A mask.safetensors.")]) -> None:
+    """Print what a mask keeps of each layer, and the recipe of the network it belongs to."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import sparse_gen as sg
+
+    if not file.exists():
+        raise ValueError(f"mask: expected a mask file, got {file}, which is not there, check the name")
+    if file.is_dir():
+        raise ValueError(f"mask: expected a mask file, got the folder {file}, name a file in it")
+    mask = sg.Mask.load(file)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_footer=True)
+    table.add_column("parameter", "total", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("kept", f"{mask.kept:,} of {mask.total:,}", justify="right", no_wrap=True)
+    table.add_column("density", f"{mask.density:.2%}", no_wrap=True)
+    whole = 0
+    for name, shape, kept, total in mask.layers():
+        if name in mask.whole:
+            whole += total
+        else:
+            size = "×".join(map(str, shape))
+            table.add_row(name, size, f"{round(kept):,}", f"{density_bar(kept / total)} {kept / total:.2%}")
+    if whole:
+        table.add_row(f"{len(mask.whole)} more, kept whole", "", f"{whole:,}", f"{density_bar(1)} {1:.2%}")
+    console = Console(highlight=False)
+    console.width = max(console.width, 100)  # a pipe has no width; cut names would be of no use
+    console.print(table)
+    console.print(f"recipe {json.dumps(mask.recipe, ensure_ascii=False)}", markup=False, soft_wrap=True)
+
+
+def density_bar(density: float, width: int = _BAR_WIDTH) -> str:
+    """`density` as blocks, an eighth of a character fine; whatever is above 0 shows."""
+    eighths = round(density * width * 8)
+    if density > 0:
+        eighths = max(1, eighths)
+    full, part = divmod(eighths, 8)
+    return ("█" * full + ("", *"▏▎▍▌▋▊▉")[part]).ljust(width)

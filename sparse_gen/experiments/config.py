@@ -1,0 +1,243 @@
+"""Every knob of a denoising run, checked in one place, and its YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import reprlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_gen.files import write_yaml
+
+PRUNABLE = ("conv_weights", "all")
+_HEADING = "Rerun to the same bits with: sparse-gen denoise --config THIS_FILE -o NEW_FOLDER"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseConfig:
+    """What `sparse_gen.experiments.denoise` does, and to which image.
+
+    Attributes:
+        image: path of a PNG or JPEG.
+        image_sha256: of the image's bytes; a run refuses another file. None accepts any.
+        sigma: standard deviation of the noise added to `image`, in units of its [0, 1] range;
+            None takes the image as noisy already.
+        clip: whether the noisy image is clipped to [0, 1].
+        density: fraction of all parameters kept, in (0, 1].
+        search_steps: steps of the mask search.
+        search_lr: Adam's learning rate on the logits.
+        kl_weight: weight of the KL term that pulls every probability to `prior`.
+        temperature: of the soft mask; lower is closer to a hard one.
+        prior: probability of keeping a parameter, in (0, 1); None takes `density`.
+        prunable: `"conv_weights"` or `"all"`.
+        steps: training steps of what the mask keeps.
+        lr: Adam's learning rate for them.
+        every: history and progress are taken every so many steps, and at the last.
+        seed: of the noise, the network, its input and the search, in [0, 2**63).
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"cuda:1"` and so on.
+        threads: CPU threads; None takes PyTorch's number. Bits depend on it.
+        depth: scales of the hourglass; None takes the deepest up to 6 that fits the image.
+        channels: widths of the scales, outermost first; the last serves any further scale.
+        input_channels: channels of the fixed network input z.
+        input_scale: z is uniform in [0, input_scale].
+        force: train what is left even where the mask disconnects the network.
+
+    Raises:
+        ValueError: naming the knob, what was expected, what came and what to do.
+    """
+
+    image: str
+    image_sha256: str | None = None
+    sigma: float | None = None
+    clip: bool = True
+    density: float = 0.05
+    search_steps: int = 1000
+    search_lr: float = 5e-2
+    kl_weight: float = 1e-7
+    temperature: float = 0.2
+    prior: float | None = None
+    prunable: str = "conv_weights"
+    steps: int = 1500
+    lr: float = 1e-2
+    every: int = 10
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    depth: int | None = None
+    channels: tuple[int, ...] = (16, 32, 64, 128, 128, 128)
+    input_channels: int = 32
+    input_scale: float = 0.1
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            value = check(name, getattr(self, name))
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> DenoiseConfig:
+        """Build from plain values, as a YAML file gives them.
+
+        Raises:
+            ValueError: for an unknown key (the nearest known one is named), a missing image, or a
+                value that does not pass.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                nearest = difflib.get_close_matches(str(key), known, n=1)
+                advice = f"did you mean {nearest[0]}?" if nearest else f"use {', '.join(known)}"
+                raise ValueError(f"expected the name of a setting, got {show(key)}, {advice}")
+        if values.get("image") is None:
+            raise ValueError("image: expected the path of a PNG or JPEG, got none, name one")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DenoiseConfig:
+        """Read a file that `save` or a person wrote; settings left out keep their defaults.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: as `from_mapping`, or if the file is not a YAML mapping.
+        """
+        from sparse_gen.experiments.settings import read_settings
+
+        return cls.from_mapping(read_settings(path))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write every setting as YAML.
+
+        Raises:
+            OSError: as `sparse_gen.files.atomic_write`.
+        """
+        values = dataclasses.asdict(self)
+        write_yaml(path, values | {"channels": list(self.channels)}, heading=_HEADING)
+
+    def replace(self, **changes: Any) -> DenoiseConfig:
+        """The same with some settings changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 60, 60, 2
+
+
+def show(value: Any) -> str:
+    """A value in a message: short however large it is, None as YAML's null."""
+    return "null" if value is None else _SHORT.repr(value)
+
+
+def _is_number(value: Any) -> bool:
+    finite_float = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return finite_float and not isinstance(value, bool)
+
+
+def _number(
+    expected: str, holds: Callable[[float], bool], advice: str | Callable[[Any], str]
+) -> Callable[[str, Any], float]:
+    def check(name: str, value: Any) -> float:
+        if _is_number(value) and holds(value):
+            return float(value)
+        hint = advice(value) if callable(advice) else advice
+        raise ValueError(f"{name}: expected {expected}, got {show(value)}, {hint}")
+
+    return check
+
+
+def _integer(least: int, most: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+            return value
+        raise ValueError(
+            f"{name}: expected a whole number from {least} to {most:,}, got {show(value)}, give one in that range"
+        )
+
+    return check
+
+
+def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"{name}: expected true or false, got {show(value)}, write one of the two")
+
+
+def _path(name: str, value: Any) -> str:
+    if isinstance(value, (str, os.PathLike)) and os.fspath(value):
+        return os.fspath(value)
+    raise ValueError(f"{name}: expected the path of a PNG or JPEG, got {show(value)}, name one")
+
+
+def _digest(name: str, value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return value
+    raise ValueError(f"{name}: expected 64 hexadecimal digits, got {show(value)}, remove it to accept any image")
+
+
+def _prunable(name: str, value: Any) -> str:
+    if value in PRUNABLE:
+        return value
+    raise ValueError(f"{name}: expected {' or '.join(PRUNABLE)}, got {show(value)}, use one of them")
+
+
+def _device(name: str, value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        return value
+    raise ValueError(f"{name}: expected auto, cpu, cuda or cuda:N, got {show(value)}, use one of them")
+
+
+def _channels(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, (list, tuple)) and 1 <= len(value) <= 16:
+        return tuple(_width(name, width) for width in value)
+    raise ValueError(f"{name}: expected 1 to 16 whole numbers, got {show(value)}, write them as [16, 32, 64]")
+
+
+def _sigma_advice(value: Any) -> str:
+    if _is_number(value) and 1 < value <= 255:
+        return f"did you mean {value:g}/255 = {value / 255:.4g}?"
+    return "give it on the image's scale"
+
+
+def _density_advice(value: Any) -> str:
+    if _is_number(value) and 1 < value <= 100:
+        return f"did you mean {value:g} % = {value / 100:g}?"
+    return "give the fraction of the parameters to keep"
+
+
+_above_zero = _number("a number above 0", lambda v: v > 0, "give a positive number")
+# Far above anything that fits a machine; without a bound a slip of the finger asks for terabytes.
+_steps = _integer(1, 10**9)
+_width = _integer(1, 4096)
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "image": _path,
+    "image_sha256": _optional(_digest),
+    "sigma": _optional(_number("a number in [0, 1]", lambda v: 0 <= v <= 1, _sigma_advice)),
+    "clip": _flag,
+    "density": _number("a number in (0, 1]", lambda v: 0 < v <= 1, _density_advice),
+    "search_steps": _steps,
+    "search_lr": _above_zero,
+    "kl_weight": _number("a number from 0", lambda v: v >= 0, "give 0 or a positive number"),
+    "temperature": _above_zero,
+    "prior": _optional(_number("a number in (0, 1)", lambda v: 0 < v < 1, "leave it out")),
+    "prunable": _prunable,
+    "steps": _steps,
+    "lr": _above_zero,
+    "every": _steps,
+    "seed": _integer(0, 2**63 - 1),
+    "device": _device,
+    "threads": _optional(_integer(1, 1024)),
+    "depth": _optional(_integer(1, 16)),
+    "channels": _channels,
+    "input_channels": _width,
+    "input_scale": _above_zero,
+    "force": _flag,
+}

@@ -1,0 +1,359 @@
+"""Restore one photograph: search a sparse mask at initialisation, then train what it keeps."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import sparse_gen as sg
+from sparse_gen.experiments.config import DenoiseConfig
+from sparse_gen.files import claim_folder, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+DEEPEST = 6
+FILES = (
+    "restored.png",
+    "noisy.png",
+    "report.png",
+    "metrics.json",
+    "mask.safetensors",
+    "config.yaml",
+)
+# The first step of a loop also allocates, so it is not one of the timed ones.
+_TIMED_STEPS = 4
+
+
+class DisconnectedError(ValueError):
+    """The mask found lets no signal through, so training could restore nothing."""
+
+
+class StageProgress(Protocol):
+    """Called with "search" or "fit", the step, the number of steps, and what was measured."""
+
+    def __call__(self, stage: str, step: int, total: int, metrics: dict[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known before the first step: enough to decide whether to wait.
+
+    Attributes:
+        config: the settings with nothing left open: device, threads, depth and image are resolved.
+        precision: how float32 convolutions are multiplied, such as `"ieee"`.
+        size: image height and width.
+        kept, total: parameters.
+        measured: values of the noisy image, C·H·W.
+        seconds: estimated from a few real steps at real size.
+    """
+
+    config: DenoiseConfig
+    precision: str
+    size: tuple[int, int]
+    kept: int
+    total: int
+    measured: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DenoiseResult:
+    """The restored image, (1, C, H, W) in [0, 1], what was measured, and the files written."""
+
+    image: torch.Tensor
+    metrics: dict[str, Any]
+    files: list[Path]
+
+
+def denoise(
+    config: DenoiseConfig,
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    on_start: Callable[[Start], None] | None = None,
+    progress: StageProgress | None = None,
+) -> DenoiseResult:
+    """Restore the photograph of `config` by OES and write the results into a folder.
+
+    Args:
+        config: every setting; with `sigma` the photograph is taken as clean, and noise is added.
+        output: a new or empty folder for `restored.png`, `noisy.png` (with `sigma`),
+            `report.png`, `metrics.json`, `mask.safetensors` and `config.yaml`. They are
+            written at the end, so an interrupted run leaves what was there.
+        overwrite: allow a folder that holds files; those named above are replaced or removed.
+        on_start: called once, before the search, when settings and time are known.
+        progress: called along the search and the fit.
+
+    Returns:
+        `DenoiseResult`.
+
+    Raises:
+        ValueError: if the image, the device, the depth or the density does not do.
+        DisconnectedError: if the mask disconnects the network and `config.force` is not set.
+        FloatingPointError: if a loss stops being finite; the step is named.
+        OSError: if a file cannot be read or written.
+
+    Ghosh et al., "Optimal Eye Surgeon" (ICML 2024), sections 3.1 and 3.2.
+    """
+    # Here and not above: the command line's help imports this module, but needs no torch.
+    from sparse_gen.experiments.environment import precision_in_use, resolve_device, use_threads
+    from sparse_gen.experiments.images import read_image
+
+    photograph = read_image(config.image)
+    _check_same_image(config, photograph)
+    device = resolve_device(config.device)
+    image = photograph.pixels.to(device)
+    size = tuple(image.shape[-2:])
+    depth = _choose_depth(config.depth, size)
+    _check_image_survives(photograph.path, Path(output))
+    folder = claim_folder(output, overwrite)
+
+    with use_threads(config.threads) as threads:
+        config = config.replace(
+            image=str(photograph.path.resolve()),
+            image_sha256=photograph.sha256,
+            device=str(device),
+            threads=threads,
+            depth=depth,
+        )
+
+        clean = None if config.sigma is None else image
+        noisy = image
+        if clean is not None:
+            noisy = sg.inverse.add_noise(clean, config.sigma, seed=config.seed, clip=config.clip)
+        net = sg.generators.Hourglass(
+            in_channels=config.input_channels,
+            out_channels=image.shape[1],
+            channels=config.channels,
+            depth=depth,
+            seed=config.seed,
+        ).to(device)
+        z = sg.noise_input(config.input_channels, size, seed=config.seed, scale=config.input_scale, device=device)
+
+        total = sum(parameter.numel() for parameter in net.parameters())
+        start = Start(
+            config=config,
+            precision=precision_in_use(device),
+            size=size,
+            kept=math.floor(config.density * total),
+            total=total,
+            measured=image.numel(),
+            seconds=_estimate_seconds(net, z, noisy, config),
+        )
+        if on_start is not None:
+            on_start(start)
+
+        clock = time.perf_counter()
+        search = _search(net, z, noisy, config, config.search_steps, progress)
+        seconds_search = time.perf_counter() - clock
+        if not search.connected and not config.force:
+            raise DisconnectedError(
+                f"mask: expected one that lets a signal through, got one that stops it at "
+                f"{search.disconnected_at}, raise search_steps or density, or train on with force"
+            )
+        untrained = sg.masked_output(net, z, search.mask)
+
+        clock = time.perf_counter()
+        run = _fit(net, search.mask, z, noisy, config, config.steps, clean, progress)
+        seconds_fit = time.perf_counter() - clock
+
+        curve = None if clean is None else _psnr_curve(run, clean)
+        metrics = _quality(noisy, untrained, run.image, clean, curve, config) | {
+            "seconds_search": round(seconds_search, 3),
+            "seconds_fit": round(seconds_fit, 3),
+            "connected": bool(search.connected),
+            "kept": search.mask.kept,
+            "total": search.mask.total,
+        }
+        metrics |= _provenance(start)
+        files = _write(folder, photograph, noisy, untrained, search, run, curve, config, metrics)
+    return DenoiseResult(run.image, metrics, files)
+
+
+def _check_same_image(config: DenoiseConfig, photograph) -> None:
+    if config.image_sha256 not in (None, photograph.sha256):
+        raise ValueError(
+            f"image: expected the file with SHA-256 {config.image_sha256[:12]}…, got "
+            f"{photograph.sha256[:12]}… in {config.image}, restore that file or remove image_sha256"
+        )
+
+
+def _check_image_survives(image: Path, folder: Path) -> None:
+    if image.resolve() in [(folder / name).resolve() for name in FILES]:
+        raise ValueError(f"output: expected a folder whose results leave {image} alone, got {folder}, name another")
+
+
+def _choose_depth(wanted: int | None, size: tuple[int, int]) -> int:
+    deepest = sg.generators.deepest_depth(size, DEEPEST if wanted is None else wanted)
+    if wanted is not None and deepest < wanted:
+        raise ValueError(
+            f"depth: expected at most {deepest} for an image of {size[1]} × {size[0]} pixels, "
+            f"got {wanted}, lower it or leave it out"
+        )
+    return deepest
+
+
+def _search(net, z, noisy, config: DenoiseConfig, steps: int, progress, every=None):
+    with warnings.catch_warnings():
+        if not config.force:  # it becomes an error, which says the same
+            warnings.simplefilter("ignore", sg.DisconnectedMaskWarning)
+        return sg.search_mask(
+            net,
+            z,
+            noisy,
+            density=config.density,
+            steps=steps,
+            lr=config.search_lr,
+            kl_weight=config.kl_weight,
+            temperature=config.temperature,
+            prior=config.prior,
+            prunable=config.prunable,
+            seed=config.seed,
+            every=every or config.every,
+            recipe=_recipe(config),
+            progress=_as_stage("search", progress),
+        )
+
+
+def _fit(net, mask, z, noisy, config: DenoiseConfig, steps: int, clean, progress, every=None):
+    return sg.fit(
+        sg.compile(net, mask=mask, example_input=z),
+        z,
+        noisy,
+        steps=steps,
+        lr=config.lr,
+        clean=clean,
+        seed=config.seed,
+        every=every or config.every,
+        progress=_as_stage("fit", progress),
+    )
+
+
+def _recipe(config: DenoiseConfig) -> dict[str, Any]:
+    """How to make z and the noise again; the network's recipe is added by the search."""
+    return {
+        "z": {
+            "channels": config.input_channels,
+            "scale": config.input_scale,
+            "seed": config.seed,
+        },
+        "noise": {"sigma": config.sigma, "clip": config.clip, "seed": config.seed},
+        "image_sha256": config.image_sha256,
+    }
+
+
+def _as_stage(stage: str, progress: StageProgress | None):
+    if progress is None:
+        return None
+    return lambda step, total, metrics: progress(stage, step, total, metrics)
+
+
+def _estimate_seconds(net, z, noisy, config: DenoiseConfig) -> float:
+    """What the run will take, from a few real steps of the search and of the fit.
+
+    The fastest of them counts: what else the machine does only ever adds to a step.
+    """
+    times: dict[str, list[float]] = {"search": [], "fit": []}
+
+    def note(stage: str, step: int, total: int, metrics: dict[str, float]) -> None:
+        times[stage].append(time.perf_counter())
+
+    mask = _search(net, z, noisy, config.replace(force=False), _TIMED_STEPS, note, every=1).mask
+    _fit(net, mask, z, noisy, config, _TIMED_STEPS, None, note, every=1)
+    steps = {"search": config.search_steps, "fit": config.steps}
+    return sum(steps[stage] * min(after - before for before, after in pairwise(t)) for stage, t in times.items())
+
+
+def _psnr_curve(run, clean) -> tuple[list[int], list[float]]:
+    """Updates done and PSNR: the history's rows, and the final image, one update after them."""
+    final = sg.fitting.psnr(run.image, clean).item()
+    return [*run.history.step, run.history.step[-1] + 1], [
+        *run.history["psnr"][:, 0].tolist(),
+        final,
+    ]
+
+
+def _quality(noisy, untrained, restored, clean, curve, config: DenoiseConfig) -> dict[str, Any]:
+    """The values that need the clean image; each is None without it."""
+    names = ("psnr_noisy", "psnr_masked_untrained", "psnr", "psnr_oracle_peak", "ssim")
+    values: dict[str, Any] = dict.fromkeys(names)
+    values |= {"psnr_oracle_peak_step": None, "psnr_oracle_peak_every": config.every}
+    if clean is None:
+        return values
+    steps, psnr = curve
+    values["psnr_noisy"] = sg.fitting.psnr(noisy, clean).item()
+    values["psnr_masked_untrained"] = sg.fitting.psnr(untrained, clean).item()
+    values["psnr"] = psnr[-1]
+    values["psnr_oracle_peak"] = max(psnr)
+    values["psnr_oracle_peak_step"] = steps[psnr.index(max(psnr))]
+    values["ssim"] = sg.fitting.ssim(restored, clean).item()
+    # The PSNR of two equal images is infinite, for which JSON has no word.
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _provenance(start: Start) -> dict[str, Any]:
+    from sparse_gen.experiments.environment import versions
+
+    config = start.config
+    return {
+        "search_steps": config.search_steps,
+        "steps": config.steps,
+        "seed": config.seed,
+        "device": config.device,
+        "precision": start.precision,
+        "threads": config.threads,
+        "instruction_set": sg.ops.extension.status().instruction_set,
+        "depth": config.depth,
+        "image": config.image,
+        "image_height": start.size[0],
+        "image_width": start.size[1],
+        "image_sha256": config.image_sha256,
+        "versions": versions(),
+    }
+
+
+def _write(folder: Path, photograph, noisy, untrained, search, run, curve, config, metrics) -> list[Path]:
+    from sparse_gen.experiments.images import write_image
+    from sparse_gen.experiments.report import Report, draw_report
+
+    write_image(folder / "restored.png", run.image, like=photograph)
+    search.mask.save(folder / "mask.safetensors")
+    config.save(folder / "config.yaml")
+    write_json(folder / "metrics.json", metrics)
+    if config.sigma is None:
+        (folder / "noisy.png").unlink(missing_ok=True)  # of an earlier run, if any
+    else:
+        write_image(folder / "noisy.png", noisy, like=photograph)
+    report = Report(
+        title=_title(photograph.path.name, config, metrics),
+        noisy=noisy,
+        untrained=untrained,
+        restored=run.image,
+        clean=None if config.sigma is None else photograph.pixels,
+        search=search.history,
+        fit=run.history,
+        psnr=curve,
+        every=config.every,
+        mask=search.mask,
+    )
+    draw_report(report, folder / "report.png")
+    return [folder / name for name in FILES if name != "noisy.png" or config.sigma is not None]
+
+
+def _title(name: str, config: DenoiseConfig, metrics: dict[str, Any]) -> str:
+    name = "".join(character if character.isprintable() else "?" for character in name)
+    name = name if len(name) <= 40 else f"{name[:18]}…{name[-18:]}"
+    noise = "" if config.sigma is None else f", σ = {config.sigma:.3g}"
+    return (
+        f"{name}, {metrics['image_width']} × {metrics['image_height']}{noise}, "
+        f"density {metrics['kept'] / metrics['total']:.3g}, depth {config.depth}, "
+        f"{config.search_steps} search + {config.steps} training steps, seed {config.seed}"
+    )
