@@ -162,7 +162,7 @@ def test_other_threads_are_refused(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        with pytest.raises(ValueError, match=rf"has threads = {threads}, got {threads + 1}, call torch.set_num_threads"):
+        with pytest.raises(ValueError, match=f"has threads = {threads}, got {threads + 1}, call"):
             fit(tmp_path, resume=True)
     finally:
         torch.set_num_threads(threads)
@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_state(tmp_path):
             return self.net(z) * (float("nan") if self.calls > 7 else 1)
 
     z, y, _ = problem()
-    with pytest.raises(FloatingPointError, match="none at step 7.*the state before it is in"):
+    with pytest.raises(FloatingPointError, match=r"none at step 7.*the state before it is in"):
         sg.fit(Breaks(), z, y, steps=30, every=4, checkpoints=sg.Checkpoints(tmp_path, seconds=0))
     assert sorted(p.name for p in tmp_path.iterdir())[-1] == "fit-000000007.safetensors"
 

@@ -158,7 +158,7 @@ def test_kept_count_is_the_floor_over_all_parameters():
     assert kept_count(0.05, 3_008_867, 0) == floor(0.05 * 3_008_867) == 150_443
     assert kept_count(0.05, 1000, 30) == 20
     with pytest.raises(
-        ValueError, match="expected a density above 0.0310, since 30 of 1,000 parameters are always kept"
+        ValueError, match=r"expected a density above 0\.0310, since 30 of 1,000 parameters are always kept"
     ):
         kept_count(0.03, 1000, 30)
 

@@ -30,8 +30,8 @@ def probe_connectivity(network: nn.Module, parameters: dict[str, torch.Tensor], 
     """Run the masked network once and look where its signal ends.
 
     A layer is dead if no channel of its output varies over the image, or if another input gives the same output
-    (with zero padding, the border varies although nothing of the input arrives). The network is disconnected if its last
-    layer is dead; it is then cut where the unbroken row of dead layers that ends there begins. A dead layer
+    (with zero padding, the border varies although nothing of the input arrives). The network is disconnected if its
+    last layer is dead; it is then cut where the unbroken row of dead layers that ends there begins. A dead layer
     beside a living skip connection does not cut it.
 
     Args:
