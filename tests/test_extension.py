@@ -65,7 +65,9 @@ def test_the_reference_gives_the_same_numbers(without_library):
 
 
 def test_every_operator_says_where_it_runs():
-    assert operators() == ["concrete_mask", "concrete_mask_backward", "concrete_mask_update", "philox"]
+    assert {"concrete_mask", "concrete_mask_backward", "concrete_mask_update", "philox", "sparse_conv2d"} <= set(
+        operators()
+    )
     for name in operators():
         found = backends(name)
         assert found["reference"] is None

@@ -1,0 +1,218 @@
+"""Convolution with unstructured sparse weights: only the kept ones are multiplied, forward and backward.
+
+    out[o, y, x] = bias[o] + Σ_k value[k] · pad(in)[i_k, stride · y + ky_k, stride · x + kx_k]   over the kept k of o
+
+The gradient of the kept values is computed for these alone, that of the input as a gather over the same weights
+grouped by input channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from sparse_gen.ops.dispatch import LIBRARY, register_operator
+
+PADDING_MODES = ("zeros", "reflect", "replicate")
+_TORCH_MODES = ("constant", "reflect", "replicate")
+
+
+@dataclass(frozen=True)
+class SparsePattern:
+    """Which weights of a convolution are kept, and their order by output and by input channel.
+
+    Attributes:
+        shape: of the dense weight, (out, in, kernel height, kernel width).
+        stride: 1 or 2.
+        index: (kept,) int64, ascending, places in the flat dense weight: the order of the values.
+        by_output: (out + 1,) int64, where each output channel's weights begin.
+        by_input: (in · stride² + 1,) int64, where those of each input channel and phase of the tap begin in
+            `input_order`.
+        input_order: (kept,) int64, the weights sorted that way.
+    """
+
+    shape: tuple[int, int, int, int]
+    stride: int
+    index: torch.Tensor
+    by_output: torch.Tensor
+    by_input: torch.Tensor
+    input_order: torch.Tensor
+
+    @classmethod
+    def of(cls, mask: torch.Tensor, stride: int = 1) -> SparsePattern:
+        """The pattern of a bool mask.
+
+        Args:
+            mask: (out, in, kernel height, kernel width), True where kept; all-False channels are allowed.
+            stride: 1 or 2.
+
+        Raises:
+            ValueError: the mask is no such tensor, or the stride neither 1 nor 2.
+        """
+        if mask.ndim != 4 or mask.dtype != torch.bool or 0 in mask.shape:
+            raise ValueError(
+                f"expected a bool mask of shape (out, in, kh, kw), got {tuple(mask.shape)} of {mask.dtype}"
+            )
+        if stride not in (1, 2):
+            raise ValueError(f"expected stride 1 or 2, got {stride}")
+        out_channels, in_channels, _, kernel_w = shape = tuple(mask.shape)
+        index = mask.flatten().nonzero()[:, 0]
+        tap = index % (shape[2] * kernel_w)
+        phase = tap // kernel_w % stride * stride + tap % kernel_w % stride
+        output = index // (in_channels * shape[2] * kernel_w)
+        group = index // (shape[2] * kernel_w) % in_channels * stride**2 + phase
+        return cls(
+            shape,
+            stride,
+            index,
+            _starts(output, out_channels),
+            _starts(group, in_channels * stride**2),
+            group.argsort(stable=True),
+        )
+
+
+def _starts(group: torch.Tensor, groups: int) -> torch.Tensor:
+    return F.pad(torch.bincount(group, minlength=groups).cumsum(0), (1, 0))
+
+
+def sparse_conv2d_reference(
+    x, values, bias, index, by_output, by_input, input_order, out_channels, kernel_h, kernel_w, stride, padding, mode
+):
+    outputs = []
+    for e in range(len(x)):
+        weight = x.new_zeros(out_channels, x.shape[1], kernel_h, kernel_w).flatten()
+        weight = weight.scatter(0, index, values[e]).view(out_channels, x.shape[1], kernel_h, kernel_w)
+        padded = F.pad(x[e : e + 1], [padding] * 4, mode=_TORCH_MODES[mode]) if padding else x[e : e + 1]
+        outputs.append(F.conv2d(padded, weight, None if bias is None else bias[e], stride=stride))
+    return torch.cat(outputs)
+
+
+def sparse_conv2d_backward_reference(grad_out, x, values, *rest):
+    *pattern, needs_grad_x, needs_grad_values = rest
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(), values.detach().requires_grad_()]
+        out = sparse_conv2d_reference(*leaves, None, *pattern)
+        grad_x, grad_values = torch.autograd.grad(out, leaves, grad_out)
+    return grad_x if needs_grad_x else x.new_empty(0), grad_values if needs_grad_values else x.new_empty(0)
+
+
+def _output_size(length: int, kernel: int, stride: int, padding: int) -> int:
+    return (length + 2 * padding - kernel) // stride + 1
+
+
+_PATTERN = (
+    "Tensor index, Tensor by_output, Tensor by_input, Tensor input_order,"
+    " int out_channels, int kernel_h, int kernel_w, int stride, int padding, int mode"
+)
+
+
+def _fake(x, values, bias, index, by_output, by_input, order, out_channels, kernel_h, kernel_w, stride, padding, mode):
+    height = _output_size(x.shape[2], kernel_h, stride, padding)
+    return x.new_empty(len(x), out_channels, height, _output_size(x.shape[3], kernel_w, stride, padding))
+
+
+def _backward_fake(grad_out, x, values, *rest):
+    *_, needs_grad_x, needs_grad_values = rest
+    return (
+        torch.empty_like(x) if needs_grad_x else x.new_empty(0),
+        torch.empty_like(values) if needs_grad_values else x.new_empty(0),
+    )
+
+
+register_operator(
+    f"sparse_conv2d(Tensor x, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
+    reference=sparse_conv2d_reference,
+    fake=_fake,
+)
+register_operator(
+    f"sparse_conv2d_backward(Tensor grad_out, Tensor x, Tensor values, {_PATTERN},"
+    " bool needs_grad_x, bool needs_grad_values) -> (Tensor, Tensor)",
+    reference=sparse_conv2d_backward_reference,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, values, _, *ctx.pattern = inputs
+    ctx.save_for_backward(x, values)
+
+
+def _autograd_backward(ctx, grad_out):
+    x, values = ctx.saved_tensors
+    needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+    grad_x, grad_values = torch.ops.sparse_gen.sparse_conv2d_backward(
+        grad_out.contiguous(), x, values, *ctx.pattern, needs_x, needs_values
+    )
+    grad_bias = grad_out.sum(dim=(2, 3)) if needs_bias else None
+    nothing = [None] * len(ctx.pattern)
+    return grad_x if needs_x else None, grad_values if needs_values else None, grad_bias, *nothing
+
+
+torch.library.register_autograd(
+    "sparse_gen::sparse_conv2d", _autograd_backward, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+def sparse_conv2d(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    pattern: SparsePattern,
+    bias: torch.Tensor | None = None,
+    *,
+    padding: int = 0,
+    padding_mode: str = "zeros",
+) -> torch.Tensor:
+    """Convolve each experiment's image with its kept weights.
+
+    Args:
+        x: (E, in, H, W), float32 or float64, contiguous.
+        values: (E, kept), in the order of `pattern.index`.
+        pattern: which weights these are; shared by all experiments.
+        bias: (E, out), or None.
+        padding: pixels added on every side, 0 and up; reflection needs more pixels than that.
+        padding_mode: "zeros", "reflect" or "replicate".
+
+    Returns:
+        (E, out, H', W'), H' = ⌊(H + 2 · padding − kernel height) / stride⌋ + 1; differentiable in x, values, bias.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or the padding do not fit together.
+    """
+    _check(x, values, pattern, bias, padding, padding_mode)
+    out_channels, _, kernel_h, kernel_w = pattern.shape
+    return torch.ops.sparse_gen.sparse_conv2d(
+        x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous(),
+        pattern.index, pattern.by_output, pattern.by_input, pattern.input_order,
+        out_channels, kernel_h, kernel_w, pattern.stride, padding, PADDING_MODES.index(padding_mode),
+    )  # fmt: skip
+
+
+def _check(x, values, pattern, bias, padding, padding_mode) -> None:
+    out_channels, in_channels, kernel_h, kernel_w = pattern.shape
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64) or 0 in x.shape:
+        raise ValueError(f"expected x of shape (E, in, H, W), float32 or float64, got {tuple(x.shape)} of {x.dtype}")
+    if x.shape[1] != in_channels:
+        raise ValueError(f"expected x with the pattern's {in_channels} channels, got {x.shape[1]}")
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"expected padding_mode out of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+    if padding < 0:
+        raise ValueError(f"expected a padding from 0 on, got {padding}")
+    if padding_mode == "reflect" and padding >= min(x.shape[2:]):
+        raise ValueError(f"expected more than {padding} pixels a side to reflect, got {x.shape[2]}×{x.shape[3]}")
+    if x.shape[2] + 2 * padding < kernel_h or x.shape[3] + 2 * padding < kernel_w:
+        raise ValueError(
+            f"expected a padded image of at least the kernel's {kernel_h}×{kernel_w}, got "
+            f"{x.shape[2] + 2 * padding}×{x.shape[3] + 2 * padding}"
+        )
+    expected = {"values": (len(x), len(pattern.index)), "bias": (len(x), out_channels)}
+    for name, tensor in {"values": values, "bias": bias}.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"expected {name} of shape {expected[name]}, got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"expected {name} of {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}"
+            )
