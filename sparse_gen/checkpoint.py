@@ -21,8 +21,12 @@ VERSION = 1
 KEPT = 2
 
 
-class RunInterrupted(Exception):  # noqa: N818: it is no error, the run was asked to end
+class RunInterrupted(Exception):  # noqa: N818
     """A run was asked to stop, and has stored where it was."""
+
+
+class OtherRunError(ValueError):
+    """A checkpoint is of a run that differs from the one that is to be resumed."""
 
 
 class Checkpoints:
@@ -43,11 +47,23 @@ class Checkpoints:
             raise ValueError(f"expected the seconds between checkpoints from 0 on, got {seconds}")
         self.folder, self.seconds, self.resume = Path(folder), seconds, resume
         self._stop_requested = False
-        self._saved_at = time.monotonic()
+        self._saved_at = self._began_at = time.monotonic()
+        self._seconds_before: dict[str, float] = {}
 
     def request_stop(self) -> None:
         """Ask the run to store where it is and to raise `RunInterrupted`; safe to call in a signal handler."""
         self._stop_requested = True
+
+    def seconds_before(self, name: str) -> float:
+        """What earlier sessions spent on the steps that a "search" or "fit" resumed from; 0 before it is loaded."""
+        return self._seconds_before.get(name, 0.0)
+
+    def newest(self) -> tuple[str, int] | None:
+        """The stage, "search" or "fit", and the number of its steps that are stored; None where nothing is."""
+        for name in ("fit", "search"):
+            for path in self._newest_first(name):
+                return name, int(path.stem.rsplit("-", 1)[1])
+        return None
 
     def load(self, name: str, identity: Mapping[str, Any]) -> tuple[int, dict[str, torch.Tensor], History] | None:
         """The newest sound state of the run, or None where there is none or none is wanted.
@@ -57,9 +73,11 @@ class Checkpoints:
             identity: everything besides the environment that the run's bits depend on, as plain data.
 
         Raises:
-            ValueError: the folder holds the state of a run that differs; the message says in what.
+            OtherRunError: the folder holds the state of a run that differs; the message says in what.
+            OSError: the folder cannot be made.
         """
-        self._saved_at = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._saved_at = self._began_at = time.monotonic()
         if not self.resume:
             return None
         for path in self._newest_first(name):
@@ -67,11 +85,13 @@ class Checkpoints:
                 header, tensors = read_tensors(path, kind="checkpoint", version=VERSION)
                 found = header["identity"] | header["environment"]
                 step, columns = int(header["step"]), list(header["columns"])
+                seconds = float(header.get("seconds", 0))
                 history = History.restored(header["history_steps"], {c: tensors.pop(f"history/{c}") for c in columns})
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 warnings.warn(f"{error}; the checkpoint before it is used, if any", RuntimeWarning, stacklevel=3)
                 continue
             _check_same(found, {**identity, **_environment()}, path)
+            self._seconds_before[name] = seconds
             return step, tensors, history
         return None
 
@@ -102,10 +122,13 @@ class Checkpoints:
         due = last or self._stop_requested or time.monotonic() - self._saved_at >= self.seconds
         if not due:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # Not made again: its disk may have been unmounted, and what is there now would be another one.
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"expected the folder {self.folder} to store the run in, which is gone")
         tensors = {**state(), **{f"history/{column}": history[column] for column in history.columns}}
         header = {
             "step": step,
+            "seconds": self.seconds_before(name) + time.monotonic() - self._began_at,
             "identity": dict(identity),
             "environment": _environment(),
             "history_steps": history.step,
@@ -158,7 +181,7 @@ _ADVICE = {
 def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
     for key in [*wanted, *found]:
         if found.get(key) != wanted.get(key):
-            raise ValueError(
+            raise OtherRunError(
                 f"expected to resume the run of {path.parent}, which has {key} = {found.get(key)!r}, got "
                 f"{wanted.get(key)!r}, {_ADVICE.get(key, 'use its settings or another folder')}"
             )

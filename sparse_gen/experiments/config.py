@@ -8,13 +8,15 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sparse_gen.files import write_yaml
 
 PRUNABLE = ("conv_weights", "all")
+GENERATORS = ("hourglass", "skip", "decoder")
+STOPS = ("none", "wmv", "emv")
 _HEADING = "Rerun to the same bits with: sparse-gen denoise --config THIS_FILE -o NEW_FOLDER"
 
 
@@ -37,13 +39,24 @@ class DenoiseConfig:
         prunable: `"conv_weights"` or `"all"`.
         steps: training steps of what the mask keeps.
         lr: Adam's learning rate for them.
+        stop: rule that ends the training without the clean image and selects the restored one: `"wmv"`, `"emv"`
+            (see `sparse_gen.stop`) or `"none"`.
+        stop_window: outputs whose variance WMV takes.
+        stop_patience: steps that a rule waits for the variance to fall further.
+        stop_alpha: weight of the newest output in EMV's averages, in (0, 1).
+        average: decay of a running average of the outputs, in (0, 1), which is then the restored image unless a
+            rule selects it; None takes the last output.
+        input_jitter: standard deviation of fresh noise added to z at every training step; DIP takes 1/30.
+        rings: frequency rings whose energies are recorded for the report; None records none.
         every: history and progress are taken every so many steps, and at the last.
         seed: of the noise, the network, its input and the search, in [0, 2**63).
         device: `"auto"`, `"cpu"`, `"cuda"` or `"cuda:1"` and so on.
         threads: CPU threads; None takes PyTorch's number. Bits depend on it.
-        depth: scales of the hourglass; None takes the deepest up to 6 that fits the image.
-        channels: widths of the scales, outermost first; the last serves any further scale.
-        input_channels: channels of the fixed network input z.
+        generator: `"hourglass"`, `"skip"` (the deep image prior's) or `"decoder"` (the deep decoder).
+        depth: its scales; None takes the deepest that fits the image, up to 6 (hourglass) or 5.
+        channels: widths of the scales, outermost first; the last serves any further scale. None takes the
+            generator's own.
+        input_channels: channels of the fixed network input z; None takes the generator's own.
         input_scale: z is uniform in [0, input_scale].
         force: train what is left even where the mask disconnects the network.
 
@@ -64,13 +77,21 @@ class DenoiseConfig:
     prunable: str = "conv_weights"
     steps: int = 1500
     lr: float = 1e-2
+    stop: str = "none"
+    stop_window: int = 100
+    stop_patience: int = 1000
+    stop_alpha: float = 0.1
+    average: float | None = None
+    input_jitter: float = 0.0
+    rings: int | None = 5
     every: int = 10
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
+    generator: str = "hourglass"
     depth: int | None = None
-    channels: tuple[int, ...] = (16, 32, 64, 128, 128, 128)
-    input_channels: int = 32
+    channels: tuple[int, ...] | None = None
+    input_channels: int | None = None
     input_scale: float = 0.1
     force: bool = False
 
@@ -87,12 +108,7 @@ class DenoiseConfig:
             ValueError: for an unknown key (the nearest known one is named), a missing image, or a
                 value that does not pass.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                nearest = difflib.get_close_matches(str(key), known, n=1)
-                advice = f"did you mean {nearest[0]}?" if nearest else f"use {', '.join(known)}"
-                raise ValueError(f"expected the name of a setting, got {show(key)}, {advice}")
+        check_known(values, [field.name for field in dataclasses.fields(cls)], "expected the name of a setting")
         if values.get("image") is None:
             raise ValueError("image: expected the path of a PNG or JPEG, got none, name one")
         return cls(**values)
@@ -115,12 +131,26 @@ class DenoiseConfig:
         Raises:
             OSError: as `sparse_gen.files.atomic_write`.
         """
+        write_yaml(path, self.plain(), heading=_HEADING)
+
+    def plain(self) -> dict[str, Any]:
+        """Every setting as plain data, which `from_mapping` takes and JSON and YAML hold."""
         values = dataclasses.asdict(self)
-        write_yaml(path, values | {"channels": list(self.channels)}, heading=_HEADING)
+        return values if self.channels is None else values | {"channels": list(self.channels)}
 
     def replace(self, **changes: Any) -> DenoiseConfig:
         """The same with some settings changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+
+def check_known(given: Iterable[Any], known: Iterable[str], expected: str) -> None:
+    """Raise a ValueError, which names the nearest one known, if a key is not known."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            advice = f"did you mean {nearest[0]}?" if nearest else f"use {', '.join(known)}"
+            raise ValueError(f"{expected}, got {show(key)}, {advice}")
 
 
 _SHORT = reprlib.Repr()
@@ -182,10 +212,20 @@ def _digest(name: str, value: Any) -> str:
     raise ValueError(f"{name}: expected 64 hexadecimal digits, got {show(value)}, remove it to accept any image")
 
 
-def _prunable(name: str, value: Any) -> str:
-    if value in PRUNABLE:
-        return value
-    raise ValueError(f"{name}: expected {' or '.join(PRUNABLE)}, got {show(value)}, use one of them")
+def choice(*choices: str) -> Callable[[str, Any], str]:
+    """A check that a value is one of the words."""
+    *most, last = choices
+
+    def check(name: str, value: Any) -> str:
+        if isinstance(value, str) and value in choices:
+            return value
+        raise ValueError(f"{name}: expected {', '.join(most)} or {last}, got {show(value)}, use one of them")
+
+    return check
+
+
+def _stop(name: str, value: Any) -> str:
+    return "none" if value is None else choice(*STOPS)(name, value)  # YAML's null says the same
 
 
 def _device(name: str, value: Any) -> str:
@@ -213,6 +253,8 @@ def _density_advice(value: Any) -> str:
 
 
 _above_zero = _number("a number above 0", lambda v: v > 0, "give a positive number")
+_from_zero = _number("a number from 0", lambda v: v >= 0, "give 0 or a positive number")
+_fraction = _number("a number in (0, 1)", lambda v: 0 < v < 1, "leave it out")
 # Far above anything that fits a machine; without a bound a slip of the finger asks for terabytes.
 _steps = _integer(1, 10**9)
 _width = _integer(1, 4096)
@@ -225,19 +267,27 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "density": _number("a number in (0, 1]", lambda v: 0 < v <= 1, _density_advice),
     "search_steps": _steps,
     "search_lr": _above_zero,
-    "kl_weight": _number("a number from 0", lambda v: v >= 0, "give 0 or a positive number"),
+    "kl_weight": _from_zero,
     "temperature": _above_zero,
-    "prior": _optional(_number("a number in (0, 1)", lambda v: 0 < v < 1, "leave it out")),
-    "prunable": _prunable,
+    "prior": _optional(_fraction),
+    "prunable": choice(*PRUNABLE),
     "steps": _steps,
     "lr": _above_zero,
+    "stop": _stop,
+    "stop_window": _integer(2, 10**6),
+    "stop_patience": _steps,
+    "stop_alpha": _fraction,
+    "average": _optional(_fraction),
+    "input_jitter": _from_zero,
+    "rings": _optional(_integer(1, 1000)),
     "every": _steps,
     "seed": _integer(0, 2**63 - 1),
     "device": _device,
     "threads": _optional(_integer(1, 1024)),
+    "generator": choice(*GENERATORS),
     "depth": _optional(_integer(1, 16)),
-    "channels": _channels,
-    "input_channels": _width,
+    "channels": _optional(_channels),
+    "input_channels": _optional(_width),
     "input_scale": _above_zero,
     "force": _flag,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -14,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import sparse_gen as sg
 from sparse_gen.experiments.config import DenoiseConfig
-from sparse_gen.files import claim_folder, write_json
+from sparse_gen.experiments.unfinished import begin, check_same, claim, finish
+from sparse_gen.files import write_json
 
 if TYPE_CHECKING:
     import torch
 
-DEEPEST = 6
+    from sparse_gen.checkpoint import Checkpoints
+    from sparse_gen.experiments.problem import Problem
+
 FILES = (
     "restored.png",
     "noisy.png",
@@ -52,7 +56,8 @@ class Start:
         size: image height and width.
         kept, total: parameters.
         measured: values of the noisy image, C·H·W.
-        seconds: estimated from a few real steps at real size.
+        seconds: estimated from a few real steps at real size; of a resumed run, what is left.
+        resumed_at: the stage, "search" or "fit", and how many of its steps are done; None from the beginning.
     """
 
     config: DenoiseConfig
@@ -62,6 +67,7 @@ class Start:
     total: int
     measured: int
     seconds: float
+    resumed_at: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ def denoise(
     output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    checkpoints: Checkpoints | None = None,
     on_start: Callable[[Start], None] | None = None,
     progress: StageProgress | None = None,
 ) -> DenoiseResult:
@@ -89,6 +96,8 @@ def denoise(
             `report.png`, `metrics.json`, `mask.safetensors` and `config.yaml`. They are
             written at the end, so an interrupted run leaves what was there.
         overwrite: allow a folder that holds files; those named above are replaced or removed.
+        checkpoints: must be of the folder `checkpoints` in `output`. The run's settings and state are stored there,
+            it may resume from them, and the folder is removed once the results are written. None stores nothing.
         on_start: called once, before the search, when settings and time are known.
         progress: called along the search and the fit.
 
@@ -96,25 +105,28 @@ def denoise(
         `DenoiseResult`.
 
     Raises:
-        ValueError: if the image, the device, the depth or the density does not do.
+        ValueError: if the image, the device, the depth or the density does not do, or if there is nothing to
+            resume, or a run with other settings.
         DisconnectedError: if the mask disconnects the network and `config.force` is not set.
         FloatingPointError: if a loss stops being finite; the step is named.
         OSError: if a file cannot be read or written.
+        RunInterrupted: after `checkpoints.request_stop()`; the run is stored.
 
     Ghosh et al., "Optimal Eye Surgeon" (ICML 2024), sections 3.1 and 3.2.
     """
     # Here and not above: the command line's help imports this module, but needs no torch.
     from sparse_gen.experiments.environment import precision_in_use, resolve_device, use_threads
     from sparse_gen.experiments.images import read_image
+    from sparse_gen.experiments.problem import choose_depth, network_settings, pose
 
     photograph = read_image(config.image)
     _check_same_image(config, photograph)
     device = resolve_device(config.device)
     image = photograph.pixels.to(device)
     size = tuple(image.shape[-2:])
-    depth = _choose_depth(config.depth, size)
+    depth = choose_depth(config, size)
     _check_image_survives(photograph.path, Path(output))
-    folder = claim_folder(output, overwrite)
+    folder = claim(Path(output), overwrite, checkpoints)
 
     with use_threads(config.threads) as threads:
         config = config.replace(
@@ -125,20 +137,14 @@ def denoise(
             depth=depth,
         )
 
-        clean = None if config.sigma is None else image
-        noisy = image
-        if clean is not None:
-            noisy = sg.inverse.add_noise(clean, config.sigma, seed=config.seed, clip=config.clip)
-        net = sg.generators.Hourglass(
-            in_channels=config.input_channels,
-            out_channels=image.shape[1],
-            channels=config.channels,
-            depth=depth,
-            seed=config.seed,
-        ).to(device)
-        z = sg.noise_input(config.input_channels, size, seed=config.seed, scale=config.input_scale, device=device)
+        problem = pose(config, image)
+        config = config.replace(**network_settings(problem.net))
+        resumed_at = None
+        if checkpoints is not None and checkpoints.resume:
+            check_same(config, folder)
+            resumed_at = checkpoints.newest()
 
-        total = sum(parameter.numel() for parameter in net.parameters())
+        total = sum(parameter.numel() for parameter in problem.net.parameters())
         start = Start(
             config=config,
             precision=precision_in_use(device),
@@ -146,27 +152,34 @@ def denoise(
             kept=math.floor(config.density * total),
             total=total,
             measured=image.numel(),
-            seconds=_estimate_seconds(net, z, noisy, config),
+            seconds=_estimate_seconds(problem, config, resumed_at),
+            resumed_at=resumed_at,
         )
         if on_start is not None:
             on_start(start)
+        if checkpoints is not None:
+            begin(config, checkpoints)
 
         clock = time.perf_counter()
-        search = _search(net, z, noisy, config, config.search_steps, progress)
-        seconds_search = time.perf_counter() - clock
+        search = _search(problem, config, config.search_steps, progress, checkpoints=checkpoints)
+        seconds_search = time.perf_counter() - clock + _seconds_before(checkpoints, "search")
         if not search.connected and not config.force:
             raise DisconnectedError(
                 f"mask: expected one that lets a signal through, got one that stops it at "
                 f"{search.disconnected_at}, raise search_steps or density, or train on with force"
             )
-        untrained = sg.masked_output(net, z, search.mask)
+        untrained = sg.masked_output(problem.net, problem.z, search.mask)
 
         clock = time.perf_counter()
-        run = _fit(net, search.mask, z, noisy, config, config.steps, clean, progress)
-        seconds_fit = time.perf_counter() - clock
+        run, rule = _fit(problem, search.mask, config, progress, checkpoints)
+        seconds_fit = time.perf_counter() - clock + _seconds_before(checkpoints, "fit")
 
-        curve = None if clean is None else _psnr_curve(run, clean)
-        metrics = _quality(noisy, untrained, run.image, clean, curve, config) | {
+        last = _last_output(run, problem.z, config)
+        curve = None if problem.clean is None else _psnr_curve(run, last, problem.clean, config)
+        metrics = _quality(problem, untrained, run.image, curve, config) | {
+            "stop": config.stop,
+            "stop_selected_step": None if rule is None else int(rule.selected_step),
+            "stopped_at": run.stopped_at,
             "seconds_search": round(seconds_search, 3),
             "seconds_fit": round(seconds_fit, 3),
             "connected": bool(search.connected),
@@ -174,7 +187,9 @@ def denoise(
             "total": search.mask.total,
         }
         metrics |= _provenance(start)
-        files = _write(folder, photograph, noisy, untrained, search, run, curve, config, metrics)
+        files = _write(folder, photograph, problem, untrained, search, run, curve, config, metrics)
+        if checkpoints is not None:
+            finish(checkpoints)
     return DenoiseResult(run.image, metrics, files)
 
 
@@ -191,24 +206,14 @@ def _check_image_survives(image: Path, folder: Path) -> None:
         raise ValueError(f"output: expected a folder whose results leave {image} alone, got {folder}, name another")
 
 
-def _choose_depth(wanted: int | None, size: tuple[int, int]) -> int:
-    deepest = sg.generators.deepest_depth(size, DEEPEST if wanted is None else wanted)
-    if wanted is not None and deepest < wanted:
-        raise ValueError(
-            f"depth: expected at most {deepest} for an image of {size[1]} × {size[0]} pixels, "
-            f"got {wanted}, lower it or leave it out"
-        )
-    return deepest
-
-
-def _search(net, z, noisy, config: DenoiseConfig, steps: int, progress, every=None):
+def _search(problem: Problem, config: DenoiseConfig, steps: int, progress, every=None, checkpoints=None):
     with warnings.catch_warnings():
         if not config.force:  # it becomes an error, which says the same
             warnings.simplefilter("ignore", sg.DisconnectedMaskWarning)
         return sg.search_mask(
-            net,
-            z,
-            noisy,
+            problem.net,
+            problem.z,
+            problem.noisy,
             density=config.density,
             steps=steps,
             lr=config.search_lr,
@@ -219,22 +224,37 @@ def _search(net, z, noisy, config: DenoiseConfig, steps: int, progress, every=No
             seed=config.seed,
             every=every or config.every,
             recipe=_recipe(config),
+            checkpoints=checkpoints,
             progress=_as_stage("search", progress),
         )
 
 
-def _fit(net, mask, z, noisy, config: DenoiseConfig, steps: int, clean, progress, every=None):
-    return sg.fit(
-        sg.compile(net, mask=mask, example_input=z),
-        z,
-        noisy,
-        steps=steps,
+def _fit(problem: Problem, mask, config: DenoiseConfig, progress, checkpoints=None):
+    """The fit's result, and the stopping rule that watched it, if any."""
+    from sparse_gen.experiments.problem import make_rule
+
+    rule = make_rule(config)
+    run = sg.fit(
+        sg.compile(problem.net, mask=mask, example_input=problem.z),
+        problem.z,
+        problem.noisy,
+        steps=config.steps,
         lr=config.lr,
-        clean=clean,
+        clean=problem.clean,
+        stop=rule,
+        average=config.average,
+        input_jitter=config.input_jitter,
+        rings=config.rings,
         seed=config.seed,
-        every=every or config.every,
+        every=config.every,
+        checkpoints=checkpoints,
         progress=_as_stage("fit", progress),
     )
+    return run, rule
+
+
+def _seconds_before(checkpoints: Checkpoints | None, stage: str) -> float:
+    return 0.0 if checkpoints is None else checkpoints.seconds_before(stage)
 
 
 def _recipe(config: DenoiseConfig) -> dict[str, Any]:
@@ -256,7 +276,7 @@ def _as_stage(stage: str, progress: StageProgress | None):
     return lambda step, total, metrics: progress(stage, step, total, metrics)
 
 
-def _estimate_seconds(net, z, noisy, config: DenoiseConfig) -> float:
+def _estimate_seconds(problem: Problem, config: DenoiseConfig, done: tuple[str, int] | None) -> float:
     """What the run will take, from a few real steps of the search and of the fit.
 
     The fastest of them counts: what else the machine does only ever adds to a step.
@@ -266,37 +286,55 @@ def _estimate_seconds(net, z, noisy, config: DenoiseConfig) -> float:
     def note(stage: str, step: int, total: int, metrics: dict[str, float]) -> None:
         times[stage].append(time.perf_counter())
 
-    mask = _search(net, z, noisy, config.replace(force=False), _TIMED_STEPS, note, every=1).mask
-    _fit(net, mask, z, noisy, config, _TIMED_STEPS, None, note, every=1)
-    steps = {"search": config.search_steps, "fit": config.steps}
-    return sum(steps[stage] * min(after - before for before, after in pairwise(t)) for stage, t in times.items())
+    mask = _search(problem, config.replace(force=False), _TIMED_STEPS, note, every=1).mask
+    alone = config.replace(steps=_TIMED_STEPS, every=1, stop="none", rings=None)
+    _fit(dataclasses.replace(problem, clean=None), mask, alone, note)
+    left = {"search": config.search_steps, "fit": config.steps}
+    if done is not None:
+        stage, steps = done
+        left[stage] -= steps
+        if stage == "fit":
+            left["search"] = 0
+    return sum(left[stage] * min(after - before for before, after in pairwise(t)) for stage, t in times.items())
 
 
-def _psnr_curve(run, clean) -> tuple[list[int], list[float]]:
-    """Updates done and PSNR: the history's rows, and the final image, one update after them."""
-    final = sg.fitting.psnr(run.image, clean).item()
-    return [*run.history.step, run.history.step[-1] + 1], [
+def _last_output(run, z: torch.Tensor, config: DenoiseConfig) -> torch.Tensor:
+    """The output after the last update, which a rule or an average need not have selected."""
+    import torch
+
+    if config.stop == "none" and config.average is None:
+        return run.image
+    with torch.no_grad():
+        return run.module(z)
+
+
+def _psnr_curve(run, last, clean, config: DenoiseConfig) -> tuple[list[int], list[float]]:
+    """Updates done and PSNR: the history's rows, and the output after the last update."""
+    return [*run.history.step, run.stopped_at or config.steps], [
         *run.history["psnr"][:, 0].tolist(),
-        final,
+        sg.fitting.psnr(last, clean).item(),
     ]
 
 
-def _quality(noisy, untrained, restored, clean, curve, config: DenoiseConfig) -> dict[str, Any]:
+def _quality(problem: Problem, untrained, restored, curve, config: DenoiseConfig) -> dict[str, Any]:
     """The values that need the clean image; each is None without it."""
-    names = ("psnr_noisy", "psnr_masked_untrained", "psnr", "psnr_oracle_peak", "ssim")
+    names = ("psnr_noisy", "psnr_masked_untrained", "psnr", "psnr_last", "psnr_stopped", "psnr_oracle_peak", "ssim")
     values: dict[str, Any] = dict.fromkeys(names)
     values |= {"psnr_oracle_peak_step": None, "psnr_oracle_peak_every": config.every}
+    clean = problem.clean
     if clean is None:
         return values
     steps, psnr = curve
-    values["psnr_noisy"] = sg.fitting.psnr(noisy, clean).item()
+    values["psnr_noisy"] = sg.fitting.psnr(problem.noisy, clean).item()
     values["psnr_masked_untrained"] = sg.fitting.psnr(untrained, clean).item()
-    values["psnr"] = psnr[-1]
+    values["psnr"] = sg.fitting.psnr(restored, clean).item()
+    values["psnr_last"] = psnr[-1]
+    values["psnr_stopped"] = None if config.stop == "none" else values["psnr"]
     values["psnr_oracle_peak"] = max(psnr)
     values["psnr_oracle_peak_step"] = steps[psnr.index(max(psnr))]
     values["ssim"] = sg.fitting.ssim(restored, clean).item()
     # The PSNR of two equal images is infinite, for which JSON has no word.
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
 
 
 def _provenance(start: Start) -> dict[str, Any]:
@@ -311,6 +349,7 @@ def _provenance(start: Start) -> dict[str, Any]:
         "precision": start.precision,
         "threads": config.threads,
         "instruction_set": sg.ops.extension.status().instruction_set,
+        "generator": config.generator,
         "depth": config.depth,
         "image": config.image,
         "image_height": start.size[0],
@@ -320,7 +359,7 @@ def _provenance(start: Start) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, photograph, noisy, untrained, search, run, curve, config, metrics) -> list[Path]:
+def _write(folder: Path, photograph, problem, untrained, search, run, curve, config, metrics) -> list[Path]:
     from sparse_gen.experiments.images import write_image
     from sparse_gen.experiments.report import Report, draw_report
 
@@ -331,13 +370,13 @@ def _write(folder: Path, photograph, noisy, untrained, search, run, curve, confi
     if config.sigma is None:
         (folder / "noisy.png").unlink(missing_ok=True)  # of an earlier run, if any
     else:
-        write_image(folder / "noisy.png", noisy, like=photograph)
+        write_image(folder / "noisy.png", problem.noisy, like=photograph)
     report = Report(
         title=_title(photograph.path.name, config, metrics),
-        noisy=noisy,
+        noisy=problem.noisy,
         untrained=untrained,
         restored=run.image,
-        clean=None if config.sigma is None else photograph.pixels,
+        clean=problem.clean,
         search=search.history,
         fit=run.history,
         psnr=curve,
@@ -352,8 +391,10 @@ def _title(name: str, config: DenoiseConfig, metrics: dict[str, Any]) -> str:
     name = "".join(character if character.isprintable() else "?" for character in name)
     name = name if len(name) <= 40 else f"{name[:18]}…{name[-18:]}"
     noise = "" if config.sigma is None else f", σ = {config.sigma:.3g}"
+    network = "" if config.generator == "hourglass" else f"{config.generator}, "
+    stop = "" if config.stop == "none" else f" at most, {config.stop.upper()}"
     return (
         f"{name}, {metrics['image_width']} × {metrics['image_height']}{noise}, "
-        f"density {metrics['kept'] / metrics['total']:.3g}, depth {config.depth}, "
-        f"{config.search_steps} search + {config.steps} training steps, seed {config.seed}"
+        f"{network}density {metrics['kept'] / metrics['total']:.3g}, depth {config.depth}, "
+        f"{config.search_steps} search + {config.steps} training steps{stop}, seed {config.seed}"
     )
