@@ -1,31 +1,10 @@
 #include "sparse_conv2d.h"
 
-#include "simd.h"
+#include "vector.h"
 
 namespace sparse_gen::SPARSE_GEN_ISA {
 
 namespace {
-
-template <class T>
-struct Vector;
-template <>
-struct Vector<float> {
-  using type [[gnu::vector_size(SPARSE_GEN_VECTOR_BYTES)]] = float;
-};
-template <>
-struct Vector<double> {
-  using type [[gnu::vector_size(SPARSE_GEN_VECTOR_BYTES)]] = double;
-};
-
-template <class T>
-constexpr long long kWidth = SPARSE_GEN_VECTOR_BYTES / sizeof(T);
-
-template <class T>
-inline typename Vector<T>::type load_from(const T* p) {
-  typename Vector<T>::type v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
 
 // Output vectors held in registers at once: of 32 registers (AVX-512) or 16, a few are left for the weight and for
 // loads on their way.
@@ -44,7 +23,7 @@ void correlate_tile(const long long* offset, const T* value, long long count, co
     for (int v = 0; v < Vectors; ++v) sum[v] += weight * load_from(from + v * kWidth<T>);
   }
 #pragma GCC unroll 24
-  for (int v = 0; v < Vectors; ++v) __builtin_memcpy(out + v * kWidth<T>, &sum[v], sizeof(V));
+  for (int v = 0; v < Vectors; ++v) store_to(out + v * kWidth<T>, sum[v]);
 }
 
 // Moves positions begin .. begin + count - 1 of a plane, which lie in `tile`, to their rows.
