@@ -1,19 +1,18 @@
 #include "cpu/sparse_conv2d.h"
 
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "binding.h"
+#include "correlate.h"
+#include "cpu/padding.h"
+#include "scratch.h"
 
 namespace sparse_gen {
 
 namespace {
-
-enum PaddingMode : int64_t { kZeros = 0, kReflect = 1, kReplicate = 2 };
 
 // The shape of one layer. With stride 2 the padded input is stored as four planes a channel, its even and odd rows
 // and columns apart, in which every weight again sees a contiguous shift.
@@ -43,32 +42,9 @@ struct Layer {
   }
   int64_t grad_size() const { return out_channels * grad_rows() * grad_row() + kPlaneSlack; }
 
-  // Where padded position i of an axis comes from; -1 outside with zeros.
-  int64_t origin(int64_t i, int64_t length) const {
-    i -= padding;
-    if (i >= 0 && i < length) return i;
-    if (mode == kReplicate) return i < 0 ? 0 : length - 1;
-    if (mode == kReflect && i < length + padding) return i < 0 ? -i : 2 * (length - 1) - i;
-    return -1;
-  }
+  // Where padded position i of an axis comes from; -1 for a zero.
+  int64_t origin(int64_t i, int64_t length) const { return padded_origin(i - padding, length, padding, mode); }
 };
-
-// Memory that a thread keeps between calls: fresh pages for every call cost as much as the convolution.
-template <class T>
-T* scratch(int slot, int64_t count) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  static thread_local std::unique_ptr<void, Free> memory[4];
-  static thread_local size_t capacity[4] = {};
-  const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-  if (bytes > capacity[slot]) {
-    memory[slot].reset(std::aligned_alloc(64, bytes));
-    STD_TORCH_CHECK(memory[slot], "expected ", bytes, " bytes of memory for a sparse convolution, got none");
-    capacity[slot] = bytes;
-  }
-  return static_cast<T*>(memory[slot].get());
-}
 
 template <class T>
 void pad_input(const Layer& layer, const T* x, T* source) {
@@ -146,22 +122,6 @@ void spread_gradient(const Layer& layer, const T* grad_out, T* to, int64_t strid
         std::memcpy(plane + (y + top) * row + left, grad_out + (channel * height + y) * width, width * sizeof(T));
     }
   });
-}
-
-// Which planes and positions one task takes: bands of positions if there are enough, else planes one by one.
-template <class T>
-void correlate(const SparsePlanes<T>& planes, const T* source, const PlaneRows<T>& out, int64_t count, int64_t length) {
-  const int64_t bands = (length + kPlaneStep - 1) / kPlaneStep;
-  if (bands >= 8) {
-    torch::stable::parallel_for(0, bands, 1, [&](int64_t first, int64_t last) {
-      const int64_t end = last * kPlaneStep < length ? last * kPlaneStep : length;
-      SPARSE_GEN_DISPATCH(sparse_correlate, planes, source, out, 0, count, first * kPlaneStep, end);
-    });
-  } else {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-      SPARSE_GEN_DISPATCH(sparse_correlate, planes, source, out, first, last, 0, length);
-    });
-  }
 }
 
 Layer layer_of(const Tensor& x, int64_t out_channels, int64_t kernel_h, int64_t kernel_w, int64_t stride,

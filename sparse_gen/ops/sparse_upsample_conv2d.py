@@ -1,0 +1,177 @@
+"""Nearest ×2 up-sampling, padding and a sparse convolution as one operator, by the tap fold.
+
+Every tap is run as a 1×1 convolution on the *small* image, one plane an output channel and tap; the planes are then
+up-sampled, shifted by their tap and added. That takes a quarter of the multiplications of the convolution on the large
+image, at any density, and is exact. The gradients go the same way back: the output's gradient is first added up in the
+tap planes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from sparse_gen.ops.dispatch import LIBRARY, register_operator
+from sparse_gen.ops.sparse_conv2d import PADDING_MODES, SparsePattern, sparse_conv2d_reference
+
+
+@dataclass(frozen=True)
+class TapPattern:
+    """Which weights of a convolution are kept, grouped by output channel and tap.
+
+    Attributes:
+        pattern: the weights themselves, and their order by input channel.
+        by_tap: (out · taps + 1,) int64, where each output channel's and tap's weights begin in `tap_order`.
+        tap_order: (kept,) int64.
+    """
+
+    pattern: SparsePattern
+    by_tap: torch.Tensor
+    tap_order: torch.Tensor
+
+    @classmethod
+    def of(cls, mask: torch.Tensor) -> TapPattern:
+        """The pattern of a bool mask (out, in, kernel height, kernel width).
+
+        Raises:
+            ValueError: the mask is no such tensor.
+        """
+        pattern = SparsePattern.of(mask)
+        out_channels, in_channels, kernel_h, kernel_w = pattern.shape
+        taps = kernel_h * kernel_w
+        plane = pattern.index // (in_channels * taps) * taps + pattern.index % taps
+        starts = F.pad(torch.bincount(plane, minlength=out_channels * taps).cumsum(0), (1, 0))
+        return cls(pattern, starts, plane.argsort(stable=True))
+
+
+def sparse_upsample_conv2d_reference(
+    x, values, bias, index, by_tap, tap_order, by_input, input_order, out_channels, kernel_h, kernel_w, padding, mode
+):
+    large = F.interpolate(x, scale_factor=2, mode="nearest")
+    return sparse_conv2d_reference(
+        large, values, bias, index, by_tap, by_input, input_order, out_channels, kernel_h, kernel_w, 1, padding, mode
+    )
+
+
+def sparse_upsample_conv2d_backward_reference(grad_out, x, values, *rest):
+    *pattern, needs_grad_x, needs_grad_values = rest
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(), values.detach().requires_grad_()]
+        out = sparse_upsample_conv2d_reference(*leaves, None, *pattern)
+        grad_x, grad_values = torch.autograd.grad(out, leaves, grad_out)
+    return grad_x if needs_grad_x else x.new_empty(0), grad_values if needs_grad_values else x.new_empty(0)
+
+
+_PATTERN = (
+    "Tensor index, Tensor by_tap, Tensor tap_order, Tensor by_input, Tensor input_order,"
+    " int out_channels, int kernel_h, int kernel_w, int padding, int mode"
+)
+
+
+def _fake(x, values, bias, index, by_tap, tap_order, by_input, order, out_channels, kernel_h, kernel_w, padding, mode):
+    return x.new_empty(len(x), out_channels, 2 * x.shape[2], 2 * x.shape[3])
+
+
+def _backward_fake(grad_out, x, values, *rest):
+    *_, needs_grad_x, needs_grad_values = rest
+    return (
+        torch.empty_like(x) if needs_grad_x else x.new_empty(0),
+        torch.empty_like(values) if needs_grad_values else x.new_empty(0),
+    )
+
+
+register_operator(
+    f"sparse_upsample_conv2d(Tensor x, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
+    reference=sparse_upsample_conv2d_reference,
+    fake=_fake,
+)
+register_operator(
+    f"sparse_upsample_conv2d_backward(Tensor grad_out, Tensor x, Tensor values, {_PATTERN},"
+    " bool needs_grad_x, bool needs_grad_values) -> (Tensor, Tensor)",
+    reference=sparse_upsample_conv2d_backward_reference,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, values, _, *ctx.pattern = inputs
+    ctx.save_for_backward(x, values)
+
+
+def _autograd_backward(ctx, grad_out):
+    x, values = ctx.saved_tensors
+    needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+    grad_x, grad_values = torch.ops.sparse_gen.sparse_upsample_conv2d_backward(
+        grad_out.contiguous(), x, values, *ctx.pattern, needs_x, needs_values
+    )
+    grad_bias = grad_out.sum(dim=(2, 3)) if needs_bias else None
+    nothing = [None] * len(ctx.pattern)
+    return grad_x if needs_x else None, grad_values if needs_values else None, grad_bias, *nothing
+
+
+torch.library.register_autograd(
+    "sparse_gen::sparse_upsample_conv2d", _autograd_backward, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+def sparse_upsample_conv2d(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    pattern: TapPattern,
+    bias: torch.Tensor | None = None,
+    *,
+    padding: int,
+    padding_mode: str = "zeros",
+) -> torch.Tensor:
+    """Convolve each experiment's image, up-sampled ×2 (nearest), with its kept weights at stride 1.
+
+    Args:
+        x: (E, in, h, w), float32 or float64.
+        values: (E, kept), in the order of `pattern.pattern.index`.
+        pattern: which weights these are; the kernel is odd.
+        bias: (E, out), or None.
+        padding: of the up-sampled image, half the kernel's size rounded down, so that the output is twice as large
+            as x.
+        padding_mode: "zeros", "reflect" or "replicate".
+
+    Returns:
+        (E, out, 2 h, 2 w); differentiable in x, values and bias.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, kernel or padding do not fit together.
+    """
+    _check(x, values, pattern.pattern, bias, padding, padding_mode)
+    out_channels, _, kernel_h, kernel_w = pattern.pattern.shape
+    return torch.ops.sparse_gen.sparse_upsample_conv2d(
+        x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous(),
+        pattern.pattern.index, pattern.by_tap, pattern.tap_order, pattern.pattern.by_input,
+        pattern.pattern.input_order, out_channels, kernel_h, kernel_w, padding, PADDING_MODES.index(padding_mode),
+    )  # fmt: skip
+
+
+def _check(x, values, pattern: SparsePattern, bias, padding, padding_mode) -> None:
+    out_channels, in_channels, kernel_h, kernel_w = pattern.shape
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64) or 0 in x.shape:
+        raise ValueError(f"expected x of shape (E, in, h, w), float32 or float64, got {tuple(x.shape)} of {x.dtype}")
+    if x.shape[1] != in_channels:
+        raise ValueError(f"expected x with the pattern's {in_channels} channels, got {x.shape[1]}")
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"expected padding_mode out of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+    if kernel_h != kernel_w or kernel_h % 2 == 0 or padding != kernel_h // 2:
+        raise ValueError(
+            f"expected a square odd kernel and half its size as padding, got {kernel_h}×{kernel_w} and {padding}"
+        )
+    if padding_mode == "reflect" and padding >= 2 * min(x.shape[2:]):
+        raise ValueError(
+            f"expected more than {padding} up-sampled pixels a side to reflect, got {2 * min(x.shape[2:])}"
+        )
+    expected = {"values": (len(x), len(pattern.index)), "bias": (len(x), out_channels)}
+    for name, tensor in {"values": values, "bias": bias}.items():
+        if tensor is not None and tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"expected {name} of shape {expected[name]}, got {tuple(tensor.shape)}")
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            raise ValueError(
+                f"expected {name} of {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}"
+            )

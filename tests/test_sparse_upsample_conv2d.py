@@ -1,0 +1,132 @@
+"""`sparse_upsample_conv2d`: outputs and every gradient against up-sample, pad and dense convolution in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from sparse_gen.ops.sparse_upsample_conv2d import TapPattern, sparse_upsample_conv2d
+
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
+MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
+
+
+def random_mask(shape, density):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(shape, generator=generator) < density, generator
+
+
+def dense(x, weight, bias, padding, mode):
+    outputs = []
+    for e in range(len(x)):
+        large = F.interpolate(x[e : e + 1], scale_factor=2, mode="nearest")
+        padded = F.pad(large, [padding] * 4, mode=MODES[mode]) if padding else large
+        outputs.append(F.conv2d(padded, weight[e], bias[e]))
+    return torch.cat(outputs)
+
+
+def assert_equal(shape, size, *, density=0.3, mode="reflect", experiments=2, dtype=torch.float32):
+    padding = shape[-1] // 2
+    mask, generator = random_mask(shape, density)
+    pattern = TapPattern.of(mask)
+    index = pattern.pattern.index
+
+    def normal(*s):
+        return torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype)
+
+    leaves = [normal(experiments, shape[1], *size), normal(experiments, len(index)), normal(experiments, shape[0])]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = sparse_upsample_conv2d(*leaves[:2], pattern, leaves[2], padding=padding, padding_mode=mode)
+
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    flat = torch.zeros(experiments, mask.numel(), dtype=torch.float64)
+    weight = flat.scatter(1, index.expand(experiments, -1), doubles[1]).view(experiments, *shape)
+    expected = dense(doubles[0], weight, doubles[2], padding, mode)
+    assert out.shape == expected.shape
+    gradient = normal(*out.shape)
+    got = [out, *torch.autograd.grad(out, leaves, gradient)]
+    want = [expected, *torch.autograd.grad(expected, doubles, gradient.double())]
+    # The bias's gradient is a plain sum, which may cancel: its error is measured against what is summed.
+    scales = [*(w.norm() for w in want[:3]), gradient.double().abs().sum(dim=(2, 3)).norm()]
+    for g, w, scale in zip(got, want, scales, strict=True):
+        assert g.shape == w.shape
+        assert (g.double() - w).norm() <= TOLERANCE[dtype] * scale + 1e-300
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("size", [(2, 3), (4, 4), (9, 23), (33, 65)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shapes(instruction_set, kernel, mode, size, dtype):
+    assert_equal((5, 3, kernel, kernel), size, mode=mode, dtype=dtype)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    channels=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    kernel=st.sampled_from([1, 3, 5]),
+    size=st.tuples(st.integers(2, 30), st.integers(2, 40)),
+    mode=st.sampled_from(list(MODES)),
+    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    experiments=st.integers(1, 3),
+)
+def test_any_shape(channels, kernel, size, mode, density, experiments):
+    assert_equal((*channels, kernel, kernel), size, mode=mode, density=density, experiments=experiments)
+
+
+def test_gradcheck_and_opcheck():
+    mask, _ = random_mask((3, 2, 3, 3), 0.5)
+    pattern = TapPattern.of(mask)
+    kept = len(pattern.pattern.index)
+    leaves = [torch.randn(2, 2, 3, 4), torch.randn(2, kept), torch.randn(2, 3)]
+    leaves = [leaf.double().requires_grad_() for leaf in leaves]
+    for mode in MODES:
+
+        def function(x, values, bias, mode=mode):
+            return sparse_upsample_conv2d(x, values, pattern, bias, padding=1, padding_mode=mode)
+
+        assert torch.autograd.gradcheck(function, leaves)
+    inner = pattern.pattern
+    parts = (inner.index, pattern.by_tap, pattern.tap_order, inner.by_input, inner.input_order, 3, 3, 3, 1, 1)
+    torch.library.opcheck(torch.ops.sparse_gen.sparse_upsample_conv2d, (*leaves, *parts))
+    x, values, _ = (leaf.detach() for leaf in leaves)
+    gradient = torch.randn(2, 3, 6, 8, dtype=torch.float64)
+    torch.library.opcheck(
+        torch.ops.sparse_gen.sparse_upsample_conv2d_backward, (gradient, x, values, *parts, True, True)
+    )
+
+
+def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set):
+    mask, generator = random_mask((16, 8, 3, 3), 0.3)
+    pattern = TapPattern.of(mask)
+    x = torch.randn(2, 8, 70, 71, generator=generator).requires_grad_()
+    values = torch.randn(2, len(pattern.pattern.index), generator=generator).requires_grad_()
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        out = sparse_upsample_conv2d(x, values, pattern, padding=1, padding_mode="reflect")
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, values])])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    alone = sparse_upsample_conv2d(x[1:], values[1:], pattern, padding=1, padding_mode="reflect")
+    assert torch.equal(alone, results[0][0][1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 4, 4)}, "x of shape"),
+        ({"x": torch.zeros(1, 3, 4, 4)}, "pattern's 2 channels, got 3"),
+        ({"values": torch.zeros(1, 35)}, r"values of shape \(1, 36\), got \(1, 35\)"),
+        ({"bias": torch.zeros(1, 2, dtype=torch.float64)}, "bias of torch.float32 on cpu like x"),
+        ({"padding": 2}, "half its size as padding, got 3×3 and 2"),
+        ({"padding_mode": "circular"}, "padding_mode out of zeros, reflect, replicate"),
+    ],
+)
+def test_bad_arguments(change, message):
+    pattern = TapPattern.of(torch.ones(2, 2, 3, 3, dtype=torch.bool))
+    arguments = {"x": torch.zeros(1, 2, 4, 4), "values": torch.zeros(1, 36), "pattern": pattern, "padding": 1}
+    with pytest.raises(ValueError, match=message):
+        sparse_upsample_conv2d(**arguments | change)
