@@ -13,7 +13,9 @@ from sparse_gen.engine.checks import check_input
 from sparse_gen.engine.functional import run_experiments, training_copy
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.plan import Plan, plan_stages
+from sparse_gen.engine.sparse_run import DENSEST, SparseRun
 from sparse_gen.engine.stack import Stack, initial_weights, template
+from sparse_gen.ops.extension import status
 
 
 class CompiledGenerator(nn.Module):
@@ -26,8 +28,9 @@ class CompiledGenerator(nn.Module):
 
     plan: Plan
 
-    def __init__(self, original: nn.Module, network: nn.Module, layout: ParameterLayout, index, values, z, plan: Plan):
+    def __init__(self, original, network, layout: ParameterLayout, index, values, z, sparse_run, plan: Plan):
         super().__init__()
+        self._sparse_run: SparseRun | None = sparse_run
         # In a tuple, so that their parameters are not registered as this module's.
         self._modules_outside = (original, network)
         self._layout = layout
@@ -51,10 +54,14 @@ class CompiledGenerator(nn.Module):
         return self._layout.views(zeros.scatter(1, self._index.expand(self.experiments, -1), self.values))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """(E or 1, C, H, W) to (E, …); each experiment is normalised by its own statistics."""
-        check_input(z)
-        if len(z) not in (1, self.experiments):
-            raise ValueError(f"expected z with {self.experiments} experiments (or 1 for all), got {len(z)}")
+        """(E or 1, C, H, W) to (E, …); each experiment is normalised by its own statistics.
+
+        The sparse operators were prepared for the example input's size; another size runs as plain PyTorch.
+        """
+        if z.ndim != 4 or len(z) not in (1, self.experiments):
+            raise ValueError(f"expected z with {self.experiments} experiments (or 1 for all), got {tuple(z.shape)}")
+        if self._sparse_run is not None and self._sparse_run.takes(z):
+            return self._sparse_run(self.values, z)
         return run_experiments(self._modules_outside[1], self._dense(), z)
 
     @torch.no_grad()
@@ -90,7 +97,9 @@ def _set_running_statistics(module: nn.Module, z: torch.Tensor) -> None:
         layer.momentum = momentum
 
 
-def compile(network: nn.Module, mask=None, example_input=None, *, weights: str | None = None) -> CompiledGenerator:
+def compile(
+    network: nn.Module, mask=None, example_input=None, *, weights: str | None = None, engine: str = "auto"
+) -> CompiledGenerator:
     """Turn a network and a mask into a module with the same outputs that trains only the kept weights.
 
     Args:
@@ -99,6 +108,8 @@ def compile(network: nn.Module, mask=None, example_input=None, *, weights: str |
         example_input: z of shape (E, C, H, W), which fixes shapes, device and the number of experiments.
         weights: where the kept weights start: "mask" (those stored in it), "net" (the network's). Needed only
             where the two differ.
+        engine: "auto" runs masked convolutions on the sparse operators where those are the faster ones (on the CPU),
+            "reference" everything as plain PyTorch.
 
     Returns:
         `CompiledGenerator`, whose `parameters()` are the kept values, (E, kept).
@@ -138,8 +149,31 @@ def compile(network: nn.Module, mask=None, example_input=None, *, weights: str |
     index = keep.nonzero()[:, 1].view(len(keep), -1)
     values = initial.expand(experiments, -1).gather(1, index.expand(experiments, -1))
     kept = {name: int(piece[0].sum()) for name, piece in layout.views(keep).items()}
-    plan = plan_stages(reference, kept, example_input)
-    return CompiledGenerator(network, reference, layout, index, values, example_input, plan)
+    sparse_run, summary = _sparse_run(engine, reference, layout, keep, example_input)
+    kernels, reasons = ({}, {}) if sparse_run is None else (sparse_run.kernels, sparse_run.reasons)
+    plan = plan_stages(reference, kept, example_input, kernels, reasons, summary)
+    return CompiledGenerator(network, reference, layout, index, values, example_input, sparse_run, plan)
+
+
+def _sparse_run(engine, network, layout, keep, example_input) -> tuple[SparseRun | None, str]:
+    """The sparse form of a network, or None, and what is to be said of it."""
+    if engine not in ("auto", "reference"):
+        raise ValueError(f"expected engine='auto' or 'reference', got {engine!r}")
+    density = keep.double().mean().item()
+    if engine == "reference":
+        reason = "as asked"
+    elif example_input.device.type != "cpu":
+        reason = "the sparse operators have no GPU kernels yet"
+    elif not status().available:
+        reason = f"there is no compiled library: {status().reason}"
+    elif density > DENSEST:
+        reason = f"{density:.0%} of the weights are kept"
+    else:
+        try:
+            return SparseRun(network, layout, keep, example_input), "kept weights only where an operator is named"
+        except Exception as error:  # whatever torch.export cannot capture; it then runs as it did
+            reason = f"it cannot be captured ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+    return None, f"every stage runs as plain PyTorch on masked weights: {reason}"
 
 
 def _choose_weights(mask, network, layout, initial, keep, weights):

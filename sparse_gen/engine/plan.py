@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +53,23 @@ class Plan:
         return "\n".join([*(line.rstrip() for line in lines), f"{total / 1e9:.2f} GFLOP forward, dense; {self.reason}"])
 
 
-def plan_stages(network: nn.Module, kept: dict[str, int], z: torch.Tensor) -> Plan:
+def plan_stages(
+    network: nn.Module,
+    kept: dict[str, int],
+    z: torch.Tensor,
+    kernels: Mapping[str, str],
+    reasons: Mapping[str, str],
+    summary: str,
+) -> Plan:
     """Run one experiment and note every convolution.
 
     Args:
         network: from `training_copy`.
         kept: parameter name → kept weights of one experiment; names that are absent are kept whole.
         z: (E, C, H, W); only the first experiment runs.
+        kernels: weight's name → the operator that computes its convolution; PyTorch where it is absent.
+        reasons: weight's name → why its convolution stays PyTorch's.
+        summary: what the plan as a whole is.
     """
     stages, handles = [], []
     for name, layer in network.named_modules():
@@ -68,10 +79,12 @@ def plan_stages(network: nn.Module, kept: dict[str, int], z: torch.Tensor) -> Pl
         def note(layer, inputs, output, name=name):
             weight = layer.weight
             flops = 2 * weight.numel() * output.shape[-2] * output.shape[-1]
+            full_name = f"{name}.weight" if name else "weight"
+            plain = f"PyTorch ({reasons[full_name]})" if full_name in reasons else "PyTorch"
             stages.append(
                 Stage(
                     name, tuple(inputs[0].shape[1:]), tuple(output.shape[1:]),
-                    kept.get(f"{name}.weight", weight.numel()), weight.numel(), flops, "PyTorch",
+                    kept.get(full_name, weight.numel()), weight.numel(), flops, kernels.get(full_name, plain),
                 )
             )  # fmt: skip
 
@@ -80,4 +93,4 @@ def plan_stages(network: nn.Module, kept: dict[str, int], z: torch.Tensor) -> Pl
         run_experiments(network, {}, z[:1])
     for handle in handles:
         handle.remove()
-    return Plan(tuple(stages), "every stage runs as plain PyTorch on masked weights: there are no fused stages yet")
+    return Plan(tuple(stages), summary)
