@@ -1,9 +1,10 @@
 """What we compare with: the published loop, and the best plain PyTorch.
 
-`PublishedSearch` does what the authors' loop does, as PAPERS' facts describe it: logits and samples parameter by
-parameter, a two-class Gumbel-softmax, a copy of the network every step, the KL through autograd, Adam over a
-list. `PlainSearch` is the same step written as well as PyTorch allows: one flat vector, one uniform a weight,
-channels_last, fused Adam. Both take the logistic noise from outside for the equality check.
+`PublishedSearch` does what the authors' loop does: logits and samples parameter by parameter, a two-class
+Gumbel-softmax, a copy of the network every step, the KL through autograd, Adam over a list. `PlainSearch` is the same
+step written as well as PyTorch allows: one flat vector, one uniform a weight, channels_last, fused Adam. Both take the
+logistic noise from outside for the equality check. `PublishedTraining` trains the dense network and masks its
+gradients; `PlainTraining` has one flat vector, channels_last and fused Adam.
 """
 
 from __future__ import annotations
@@ -117,4 +118,59 @@ class CompiledSearch(PlainSearch):
     def step(self, logistic=None):
         self.adam.zero_grad()
         self._sampled_loss().backward()
+        self.adam.step()
+
+
+class PublishedTraining:
+    """The masked network trained densely: Adam over all parameters, gradients multiplied by the mask."""
+
+    def __init__(self, net, mask, z, y, *, lr):
+        self.net, self.z, self.y = deepcopy(net), z, y
+        self.keep = [mask.dense(net)[name][0].to(z.dtype) for name, _ in net.named_parameters()]
+        with torch.no_grad():
+            for parameter, keep in zip(self.net.parameters(), self.keep, strict=True):
+                parameter.mul_(keep)
+        self.adam = torch.optim.Adam(self.net.parameters(), lr=lr)
+
+    def step(self):
+        self.adam.zero_grad()
+        F.mse_loss(self.net(self.z), self.y).backward()
+        for parameter, keep in zip(self.net.parameters(), self.keep, strict=True):
+            parameter.grad.mul_(keep)
+        self.adam.step()
+
+    def output(self):
+        return self.net(self.z).detach()
+
+
+class PlainTraining:
+    """The same as one flat vector of all weights, masked in the forward pass."""
+
+    def __init__(self, net, mask, z, y, *, lr):
+        self.net = training_copy(net)
+        self.layout = ParameterLayout.of(self.net)
+        self.keep = self.layout.flatten(mask.dense(net), 1)[0].to(z.dtype)
+        self.z, self.y = z.contiguous(memory_format=torch.channels_last), y
+        self.weight = self.layout.flatten(dict(self.net.named_parameters())).requires_grad_()
+        self.adam = torch.optim.Adam([self.weight], lr=lr, fused=True)
+
+    def output(self):
+        return functional_call(self.net, self.layout.views(self.weight * self.keep), (self.z,))
+
+    def step(self):
+        self.adam.zero_grad()
+        F.mse_loss(self.output(), self.y).backward()
+        self.adam.step()
+
+
+class CompiledTraining(PlainTraining):
+    """The plain training with its network and loss through torch.compile."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._loss = torch.compile(lambda: F.mse_loss(self.output(), self.y))
+
+    def step(self):
+        self.adam.zero_grad()
+        self._loss().backward()
         self.adam.step()

@@ -27,8 +27,9 @@ struct Layer {
   int64_t rows() const { return (height + 2 * padding + stride - 1) / stride; }
   int64_t row() const { return (width + 2 * padding + stride - 1) / stride; }
   int64_t source_offset(int64_t channel, int64_t ky, int64_t kx) const {
-    const int64_t plane = (channel * stride + ky % stride) * stride + kx % stride;
-    return (plane * rows() + ky / stride) * row() + kx / stride;
+    const int64_t half = stride - 1;  // a shift and a mask instead of divisions: there may be 10^5 weights
+    const int64_t plane = (channel * stride + (ky & half)) * stride + (kx & half);
+    return (plane * rows() + (ky >> half)) * row() + (kx >> half);
   }
   int64_t source_size() const { return in_channels * phases() * rows() * row() + kPlaneSlack; }
 
@@ -38,7 +39,8 @@ struct Layer {
   int64_t grad_rows() const { return rows() + grad_top(); }
   int64_t grad_row() const { return row() + grad_left(); }
   int64_t grad_offset(int64_t channel, int64_t ky, int64_t kx) const {
-    return (channel * grad_rows() + grad_top() - ky / stride) * grad_row() + grad_left() - kx / stride;
+    const int64_t half = stride - 1;
+    return (channel * grad_rows() + grad_top() - (ky >> half)) * grad_row() + grad_left() - (kx >> half);
   }
   int64_t grad_size() const { return out_channels * grad_rows() * grad_row() + kPlaneSlack; }
 
@@ -143,38 +145,36 @@ Layer layer_of(const Tensor& x, int64_t out_channels, int64_t kernel_h, int64_t 
   return {x.size(1), x.size(2), x.size(3), out_channels, kernel_h, kernel_w, stride, padding, mode};
 }
 
-struct Tap {
-  int64_t out, in, ky, kx;
+// The four rows of the (4, kept) taps: output channel, input channel, row and column of the kernel.
+struct Taps {
+  const int32_t *out, *in, *ky, *kx;
+  int64_t count;
+
+  explicit Taps(const Tensor& taps) : count(taps.size(1)) {
+    out = taps.const_data_ptr<int32_t>();
+    in = out + count;
+    ky = in + count;
+    kx = ky + count;
+  }
 };
 
-// `index` is a kept weight's place in the dense (out, in, ky, kx) weight.
-Tap tap_of(const Layer& layer, int64_t index) {
-  const int64_t kx = index % layer.kernel_w, rest = index / layer.kernel_w;
-  const int64_t ky = rest % layer.kernel_h, channels = rest / layer.kernel_h;
-  return {channels / layer.in_channels, channels % layer.in_channels, ky, kx};
-}
-
-std::vector<long long> source_offsets(const Layer& layer, const Tensor& index) {
-  const int64_t* places = index.const_data_ptr<int64_t>();
-  std::vector<long long> offset(index.size(0));
-  for (size_t k = 0; k < offset.size(); ++k) {
-    const Tap tap = tap_of(layer, places[k]);
-    offset[k] = layer.source_offset(tap.in, tap.ky, tap.kx);
-  }
+std::vector<long long> source_offsets(const Layer& layer, const Taps& taps) {
+  std::vector<long long> offset(taps.count);
+  for (int64_t k = 0; k < taps.count; ++k) offset[k] = layer.source_offset(taps.in[k], taps.ky[k], taps.kx[k]);
   return offset;
 }
 
 }  // namespace
 
-// x (E, in, H, W), values (E, kept), bias (E, out) or none, index (kept,) ascending, by_output (out + 1,).
-Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& index,
+// x (E, in, H, W), values (E, kept), bias (E, out) or none, taps (4, kept), by_output (out + 1,).
+Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& taps,
                      const Tensor& by_output, const Tensor& /*by_input*/, const Tensor& /*input_order*/,
                      int64_t out_channels, int64_t kernel_h, int64_t kernel_w, int64_t stride, int64_t padding,
                      int64_t mode) {
   const Layer layer = layer_of(x, out_channels, kernel_h, kernel_w, stride, padding, mode);
   const int64_t height = layer.out_h(), width = layer.out_w(), kept = values.size(1);
   Tensor out = torch::stable::empty({x.size(0), out_channels, height, width}, x.scalar_type());
-  const std::vector<long long> offset = source_offsets(layer, index);
+  const std::vector<long long> offset = source_offsets(layer, Taps(taps));
   const long long* start = reinterpret_cast<const long long*>(by_output.const_data_ptr<int64_t>());
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
@@ -192,7 +192,7 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const std::optional<
 
 // by_input (in * stride² + 1,) and input_order (kept,) group the weights by input channel and phase of the tap.
 std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad_out, const Tensor& x, const Tensor& values,
-                                                  const Tensor& index, const Tensor& by_output, const Tensor& by_input,
+                                                  const Tensor& taps, const Tensor& by_output, const Tensor& by_input,
                                                   const Tensor& input_order, int64_t out_channels, int64_t kernel_h,
                                                   int64_t kernel_w, int64_t stride, int64_t padding, int64_t mode,
                                                   bool needs_grad_x, bool needs_grad_values) {
@@ -201,14 +201,13 @@ std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad_out, const 
   const int64_t image = layer.in_channels * layer.height * layer.width;
   Tensor grad_x = needs_grad_x ? torch::stable::empty_like(x) : torch::stable::empty({0}, x.scalar_type());
   Tensor grad_values = needs_grad_values ? torch::stable::empty_like(values) : torch::stable::empty({0}, x.scalar_type());
-  const int64_t* places = index.const_data_ptr<int64_t>();
+  const Taps tap(taps);
   const int64_t* order = input_order.const_data_ptr<int64_t>();
 
   if (needs_grad_x) {
     std::vector<long long> offset(kept);
     for (int64_t k = 0; k < kept; ++k) {
-      const Tap tap = tap_of(layer, places[order[k]]);
-      offset[k] = layer.grad_offset(tap.out, tap.ky, tap.kx);
+      offset[k] = layer.grad_offset(tap.out[order[k]], tap.ky[order[k]], tap.kx[order[k]]);
     }
     for_float_type(x, [&](auto type) {
       using T = decltype(type);
@@ -231,7 +230,7 @@ std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad_out, const 
   }
 
   if (needs_grad_values) {
-    const std::vector<long long> offset = source_offsets(layer, index);
+    const std::vector<long long> offset = source_offsets(layer, tap);
     const long long* start = reinterpret_cast<const long long*>(by_output.const_data_ptr<int64_t>());
     const int64_t length = (layer.out_h() - 1) * layer.row() + layer.out_w();
     const int64_t grad_stride = layer.out_h() * layer.row() + kPlaneSlack;

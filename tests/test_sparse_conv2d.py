@@ -147,7 +147,7 @@ def test_opcheck():
     x = torch.randn(2, 2, 9, 8, requires_grad=True)
     values = torch.randn(2, len(pattern.index), requires_grad=True)
     bias = torch.randn(2, 3, requires_grad=True)
-    parts = (pattern.index, pattern.by_output, pattern.by_input, pattern.input_order, 3, 3, 3, 2, 1, 1)
+    parts = (pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order, 3, 3, 3, 2, 1, 1)
     torch.library.opcheck(torch.ops.sparse_gen.sparse_conv2d, (x, values, bias, *parts))
     out = torch.ops.sparse_gen.sparse_conv2d(x, values, None, *parts).detach()
     torch.library.opcheck(

@@ -88,7 +88,7 @@ def test_gradcheck_and_opcheck():
 
         assert torch.autograd.gradcheck(function, leaves)
     inner = pattern.pattern
-    parts = (inner.index, pattern.by_tap, pattern.tap_order, inner.by_input, inner.input_order, 3, 3, 3, 1, 1)
+    parts = (inner.taps, pattern.by_tap, pattern.tap_order, inner.by_input, inner.input_order, 3, 3, 3, 1, 1)
     torch.library.opcheck(torch.ops.sparse_gen.sparse_upsample_conv2d, (*leaves, *parts))
     x, values, _ = (leaf.detach() for leaf in leaves)
     gradient = torch.randn(2, 3, 6, 8, dtype=torch.float64)

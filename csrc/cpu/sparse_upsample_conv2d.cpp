@@ -7,83 +7,161 @@ namespace sparse_gen::SPARSE_GEN_ISA {
 
 namespace {
 
-inline long long floor_half(long long i) { return i >> 1; }
+// Which small column an output column of one phase (even or odd) sees through one tap column: x + shift for from <= x
+// < to, and for the others, which lie at the padding, what border says.
+struct Columns {
+  long long from, to, shift, first;
 
-// What output row y sees through one tap, for its even and its odd columns (phase 0 and 1): interior(row, phase, from,
-// to, shift) for the columns x that see the small column x + shift, border(row, phase, x, column) for the others.
-template <class Interior, class Border>
-inline void through_tap(const TapPlanes& t, long long y, long long ky, long long kx, Interior interior, Border border) {
-  const long long up_row = padded_origin(y + ky - t.padding, 2 * t.height, t.padding, t.mode);
-  if (up_row < 0) return;
-  for (long long phase = 0; phase < 2; ++phase) {
-    const long long first = phase + kx - t.padding;  // the up-sampled column that output column `phase` sees
-    long long from = first < 0 ? (1 - first) / 2 : 0;
-    long long to = floor_half(2 * t.width - 1 - first) + 1;
+  Columns(const TapPlanes& t, long long phase, long long kx) {
+    first = phase + kx - t.padding;  // the up-sampled column that output column `phase` sees
+    shift = first >> 1;
+    from = shift < 0 ? -shift : 0;
+    to = t.width - (first > 0 ? first >> 1 : 0);
     from = from < t.width ? from : t.width;
     to = to < t.width ? to : t.width;
     to = to > from ? to : from;
-    interior(up_row / 2, phase, from, to, floor_half(first));
-    const auto at_border = [&](long long x) {
-      const long long column = padded_origin(2 * x + first, 2 * t.width, t.padding, t.mode);
-      if (column >= 0) border(up_row / 2, phase, x, column / 2);
-    };
-    for (long long x = 0; x < from; ++x) at_border(x);
-    for (long long x = to; x < t.width; ++x) at_border(x);
+  }
+
+  // -1 for a zero.
+  long long border(const TapPlanes& t, long long x) const {
+    const long long column = padded_origin(2 * x + first, 2 * t.width, t.padding, t.mode);
+    return column < 0 ? -1 : column / 2;
+  }
+};
+
+constexpr long long kMostTaps = 121;  // 11 × 11
+
+// to[x] = bias + sum of from[n][x], for begin <= x < end.
+template <class T>
+void add_rows(const T* const* from, long long rows, T bias, T* to, long long begin, long long end) {
+  using V = typename Vector<T>::type;
+  long long x = begin;
+  for (; x + kWidth<T> <= end; x += kWidth<T>) {
+    V sum = V{} + bias;
+    for (long long n = 0; n < rows; ++n) sum += load_from(from[n] + x);
+    store_to(to + x, sum);
+  }
+  for (; x < end; ++x) {
+    T sum = bias;
+    for (long long n = 0; n < rows; ++n) sum += from[n][x];
+    to[x] = sum;
   }
 }
 
 template <class T>
+void interleave(const T* __restrict even, const T* __restrict odd, T* __restrict to, long long count) {
+  for (long long x = 0; x < count; ++x) {
+    to[2 * x] = even[x];
+    to[2 * x + 1] = odd[x];
+  }
+}
+
+template <class T>
+void deinterleave(const T* __restrict from, T* __restrict even, T* __restrict odd, long long count) {
+  for (long long x = 0; x < count; ++x) {
+    even[x] = from[2 * x];
+    odd[x] = from[2 * x + 1];
+  }
+}
+
+// The small row that output row y sees through tap row ky; -1 for zeros.
+inline long long row_of(const TapPlanes& t, long long y, long long ky) {
+  const long long row = padded_origin(y + ky - t.padding, 2 * t.height, t.padding, t.mode);
+  return row < 0 ? -1 : row / 2;
+}
+
+template <class T>
 void assemble(const TapPlanes& t, const T* taps, T bias, T* out, T* scratch) {
-  T* half[2] = {scratch, scratch + t.width};
   for (long long y = 0; y < 2 * t.height; ++y) {
-    for (long long x = 0; x < 2 * t.width; ++x) scratch[x] = bias;
-    for (long long ky = 0; ky < t.kernel_h; ++ky)
-      for (long long kx = 0; kx < t.kernel_w; ++kx) {
-        const T* plane = taps + (ky * t.kernel_w + kx) * t.stride;
-        through_tap(
-            t, y, ky, kx,
-            [&](long long row, long long phase, long long from, long long to, long long shift) {
-              const T* source = plane + row * t.width + shift;
-              T* sum = half[phase];
-              for (long long x = from; x < to; ++x) sum[x] += source[x];
-            },
-            [&](long long row, long long phase, long long x, long long column) {
-              half[phase][x] += plane[row * t.width + column];
-            });
+    for (long long phase = 0; phase < 2; ++phase) {
+      // Columns that lie inside for every tap are added up in registers, the few at the borders one by one.
+      const T* shifted[kMostTaps];
+      long long seen = 0, begin = 0, end = t.width;
+      for (long long ky = 0; ky < t.kernel_h; ++ky) {
+        const long long row = row_of(t, y, ky);
+        for (long long kx = 0; row >= 0 && kx < t.kernel_w; ++kx) {
+          const Columns columns(t, phase, kx);
+          shifted[seen++] = taps + (ky * t.kernel_w + kx) * t.stride + row * t.width + columns.shift;
+          begin = columns.from > begin ? columns.from : begin;
+          end = columns.to < end ? columns.to : end;
+        }
       }
-    T* to = out + y * 2 * t.width;
-    for (long long x = 0; x < t.width; ++x) {
-      to[2 * x] = half[0][x];
-      to[2 * x + 1] = half[1][x];
+      end = end > begin ? end : begin;
+      T* half = scratch + phase * t.width;
+      add_rows(shifted, seen, bias, half, begin, end);
+      for (long long x = 0; x < t.width; x = x + 1 == begin ? end : x + 1) {
+        if (x == begin && begin < end) x = end;
+        if (x >= t.width) break;
+        T sum = bias;
+        for (long long ky = 0; ky < t.kernel_h; ++ky) {
+          const long long row = row_of(t, y, ky);
+          for (long long kx = 0; row >= 0 && kx < t.kernel_w; ++kx) {
+            const Columns columns(t, phase, kx);
+            const bool inside = x >= columns.from && x < columns.to;
+            const long long column = inside ? x + columns.shift : columns.border(t, x);
+            if (column >= 0) sum += taps[(ky * t.kernel_w + kx) * t.stride + row * t.width + column];
+          }
+        }
+        half[x] = sum;
+      }
     }
+    interleave(scratch, scratch + t.width, out + y * 2 * t.width, t.width);
   }
 }
 
 template <class T>
 void spread(const TapPlanes& t, const T* grad_out, T* taps, T* scratch) {
-  for (long long i = 0; i < t.kernel_h * t.kernel_w * t.stride; ++i) taps[i] = 0;
-  T* half[2] = {scratch, scratch + t.width};
-  for (long long y = 0; y < 2 * t.height; ++y) {
-    const T* from_row = grad_out + y * 2 * t.width;
-    for (long long x = 0; x < t.width; ++x) {
-      half[0][x] = from_row[2 * x];
-      half[1][x] = from_row[2 * x + 1];
-    }
-    for (long long ky = 0; ky < t.kernel_h; ++ky)
-      for (long long kx = 0; kx < t.kernel_w; ++kx) {
-        T* plane = taps + (ky * t.kernel_w + kx) * t.stride;
-        through_tap(
-            t, y, ky, kx,
-            [&](long long row, long long phase, long long from, long long to, long long shift) {
-              T* sum = plane + row * t.width + shift;
-              const T* gradient = half[phase];
-              for (long long x = from; x < to; ++x) sum[x] += gradient[x];
-            },
-            [&](long long row, long long phase, long long x, long long column) {
-              plane[row * t.width + column] += half[phase][x];
-            });
+  // Even and odd columns apart: what a tap gathers is then contiguous.
+  const long long plane = 2 * t.height * t.width;
+  for (long long y = 0; y < 2 * t.height; ++y)
+    deinterleave(grad_out + y * 2 * t.width, scratch + y * t.width, scratch + plane + y * t.width, t.width);
+  for (long long ky = 0; ky < t.kernel_h; ++ky)
+    for (long long kx = 0; kx < t.kernel_w; ++kx) {
+      T* to = taps + (ky * t.kernel_w + kx) * t.stride;
+      for (long long i = 0; i < t.stride; ++i) to[i] = 0;
+      for (long long row = 0; row < t.height; ++row) {
+        // The output rows that see this one: two in a row, and at the border those that the padding reflects.
+        const T* gathered[2 * kMostTaps];
+        long long rows[kMostTaps], found = 0;
+        const long long near = 2 * row - ky + t.padding;
+        const auto look = [&](long long y) {
+          if (y >= 0 && y < 2 * t.height && found < kMostTaps && row_of(t, y, ky) == row) rows[found++] = y;
+        };
+        if (row > t.padding && row < t.height - 1 - t.padding) {
+          look(near);
+          look(near + 1);
+        } else {
+          for (long long y = near - 4 * t.padding - 2; y <= near + 4 * t.padding + 3; ++y) look(y);
+        }
+        long long seen = 0, begin = 0, end = t.width;
+        for (long long phase = 0; phase < 2; ++phase) {
+          const Columns columns(t, phase, kx);
+          begin = columns.from + columns.shift > begin ? columns.from + columns.shift : begin;
+          end = columns.to + columns.shift < end ? columns.to + columns.shift : end;
+          for (long long n = 0; n < found; ++n)
+            gathered[seen++] = scratch + phase * plane + rows[n] * t.width - columns.shift;
+        }
+        T* sum = to + row * t.width;
+        end = end > begin ? end : begin;
+        add_rows(gathered, seen, T(0), sum, begin, end);
+        for (long long phase = 0; phase < 2; ++phase) {
+          const Columns columns(t, phase, kx);
+          for (long long n = 0; n < found; ++n) {
+            const T* gradient = scratch + phase * plane + rows[n] * t.width;
+            for (long long x = columns.from; x < columns.to; ++x) {
+              if (x + columns.shift == begin && begin < end) x = end - columns.shift;
+              if (x < columns.to) sum[x + columns.shift] += gradient[x];
+            }
+            for (long long x = 0; x < t.width; x = x + 1 == columns.from ? columns.to : x + 1) {
+              if (x == columns.from && columns.from < columns.to) x = columns.to;
+              if (x >= t.width) break;
+              const long long column = columns.border(t, x);
+              if (column >= 0) sum[column] += gradient[x];
+            }
+          }
+        }
       }
-  }
+    }
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ SPARSE_GEN_DECLARE(
   void assemble_taps(const TapPlanes&, const float* taps, float bias, float* out, float* scratch);
   void assemble_taps(const TapPlanes&, const double* taps, double bias, double* out, double* scratch);
 
-  // The adjoint: the output's gradient added up in each tap's plane.
+  // The adjoint: the output's gradient added up in each tap's plane; scratch holds 4 * height * width elements.
   void spread_taps(const TapPlanes&, const float* grad_out, float* taps, float* scratch);
   void spread_taps(const TapPlanes&, const double* grad_out, double* taps, double* scratch);
 )

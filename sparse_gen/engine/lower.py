@@ -131,7 +131,7 @@ def _is_upsampled(x: fx.Node, kernel: tuple[int, int], stride: int, padding: int
     """Whether the input is up-sampled ×2 for this convolution alone, which keeps its size."""
     if x.target is not aten.upsample_nearest2d.vec or list(x.args[-1] or ()) != [2.0, 2.0] or len(x.users) != 1:
         return False
-    return stride == 1 and kernel[0] == kernel[1] and kernel[0] % 2 == 1 and padding == kernel[0] // 2
+    return stride == 1 and kernel[0] == kernel[1] <= 11 and kernel[0] % 2 == 1 and padding == kernel[0] // 2
 
 
 def fuse_norms(lowered: Lowered) -> None:

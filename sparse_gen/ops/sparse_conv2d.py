@@ -27,6 +27,7 @@ class SparsePattern:
         shape: of the dense weight, (out, in, kernel height, kernel width).
         stride: 1 or 2.
         index: (kept,) int64, ascending, places in the flat dense weight: the order of the values.
+        taps: (4, kept) int32, the same as output channel, input channel, row and column of the kernel.
         by_output: (out + 1,) int64, where each output channel's weights begin.
         by_input: (in · stride² + 1,) int64, where those of each input channel and phase of the tap begin in
             `input_order`.
@@ -36,6 +37,7 @@ class SparsePattern:
     shape: tuple[int, int, int, int]
     stride: int
     index: torch.Tensor
+    taps: torch.Tensor
     by_output: torch.Tensor
     by_input: torch.Tensor
     input_order: torch.Tensor
@@ -57,18 +59,16 @@ class SparsePattern:
             )
         if stride not in (1, 2):
             raise ValueError(f"expected stride 1 or 2, got {stride}")
-        out_channels, in_channels, _, kernel_w = shape = tuple(mask.shape)
-        index = mask.flatten().nonzero()[:, 0]
-        tap = index % (shape[2] * kernel_w)
-        phase = tap // kernel_w % stride * stride + tap % kernel_w % stride
-        output = index // (in_channels * shape[2] * kernel_w)
-        group = index // (shape[2] * kernel_w) % in_channels * stride**2 + phase
+        shape = tuple(mask.shape)
+        output, channel, ky, kx = taps = mask.nonzero().T.contiguous()
+        group = (channel * stride + ky % stride) * stride + kx % stride
         return cls(
             shape,
             stride,
-            index,
-            _starts(output, out_channels),
-            _starts(group, in_channels * stride**2),
+            mask.flatten().nonzero()[:, 0],
+            taps.to(torch.int32),
+            _starts(output, shape[0]),
+            _starts(group, shape[1] * stride**2),
             group.argsort(stable=True),
         )
 
@@ -77,9 +77,16 @@ def _starts(group: torch.Tensor, groups: int) -> torch.Tensor:
     return F.pad(torch.bincount(group, minlength=groups).cumsum(0), (1, 0))
 
 
+def flat_index(taps: torch.Tensor, in_channels: int, kernel_h: int, kernel_w: int) -> torch.Tensor:
+    """Places in the flat dense weight of (4, kept) taps."""
+    output, channel, ky, kx = taps.long()
+    return ((output * in_channels + channel) * kernel_h + ky) * kernel_w + kx
+
+
 def sparse_conv2d_reference(
-    x, values, bias, index, by_output, by_input, input_order, out_channels, kernel_h, kernel_w, stride, padding, mode
+    x, values, bias, taps, by_output, by_input, input_order, out_channels, kernel_h, kernel_w, stride, padding, mode
 ):
+    index = flat_index(taps, x.shape[1], kernel_h, kernel_w)
     outputs = []
     for e in range(len(x)):
         weight = x.new_zeros(out_channels, x.shape[1], kernel_h, kernel_w).flatten()
@@ -103,12 +110,12 @@ def _output_size(length: int, kernel: int, stride: int, padding: int) -> int:
 
 
 _PATTERN = (
-    "Tensor index, Tensor by_output, Tensor by_input, Tensor input_order,"
+    "Tensor taps, Tensor by_output, Tensor by_input, Tensor input_order,"
     " int out_channels, int kernel_h, int kernel_w, int stride, int padding, int mode"
 )
 
 
-def _fake(x, values, bias, index, by_output, by_input, order, out_channels, kernel_h, kernel_w, stride, padding, mode):
+def _fake(x, values, bias, taps, by_output, by_input, order, out_channels, kernel_h, kernel_w, stride, padding, mode):
     height = _output_size(x.shape[2], kernel_h, stride, padding)
     return x.new_empty(len(x), out_channels, height, _output_size(x.shape[3], kernel_w, stride, padding))
 
@@ -184,7 +191,7 @@ def sparse_conv2d(
     out_channels, _, kernel_h, kernel_w = pattern.shape
     return torch.ops.sparse_gen.sparse_conv2d(
         x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous(),
-        pattern.index, pattern.by_output, pattern.by_input, pattern.input_order,
+        pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order,
         out_channels, kernel_h, kernel_w, pattern.stride, padding, PADDING_MODES.index(padding_mode),
     )  # fmt: skip
 

@@ -39,19 +39,19 @@ class TapPattern:
             ValueError: the mask is no such tensor.
         """
         pattern = SparsePattern.of(mask)
-        out_channels, in_channels, kernel_h, kernel_w = pattern.shape
-        taps = kernel_h * kernel_w
-        plane = pattern.index // (in_channels * taps) * taps + pattern.index % taps
-        starts = F.pad(torch.bincount(plane, minlength=out_channels * taps).cumsum(0), (1, 0))
+        out_channels, _, kernel_h, kernel_w = pattern.shape
+        output, _, ky, kx = pattern.taps.long()
+        plane = (output * kernel_h + ky) * kernel_w + kx
+        starts = F.pad(torch.bincount(plane, minlength=out_channels * kernel_h * kernel_w).cumsum(0), (1, 0))
         return cls(pattern, starts, plane.argsort(stable=True))
 
 
 def sparse_upsample_conv2d_reference(
-    x, values, bias, index, by_tap, tap_order, by_input, input_order, out_channels, kernel_h, kernel_w, padding, mode
+    x, values, bias, taps, by_tap, tap_order, by_input, input_order, out_channels, kernel_h, kernel_w, padding, mode
 ):
     large = F.interpolate(x, scale_factor=2, mode="nearest")
     return sparse_conv2d_reference(
-        large, values, bias, index, by_tap, by_input, input_order, out_channels, kernel_h, kernel_w, 1, padding, mode
+        large, values, bias, taps, by_tap, by_input, input_order, out_channels, kernel_h, kernel_w, 1, padding, mode
     )
 
 
@@ -65,12 +65,12 @@ def sparse_upsample_conv2d_backward_reference(grad_out, x, values, *rest):
 
 
 _PATTERN = (
-    "Tensor index, Tensor by_tap, Tensor tap_order, Tensor by_input, Tensor input_order,"
+    "Tensor taps, Tensor by_tap, Tensor tap_order, Tensor by_input, Tensor input_order,"
     " int out_channels, int kernel_h, int kernel_w, int padding, int mode"
 )
 
 
-def _fake(x, values, bias, index, by_tap, tap_order, by_input, order, out_channels, kernel_h, kernel_w, padding, mode):
+def _fake(x, values, bias, taps, by_tap, tap_order, by_input, order, out_channels, kernel_h, kernel_w, padding, mode):
     return x.new_empty(len(x), out_channels, 2 * x.shape[2], 2 * x.shape[3])
 
 
@@ -146,7 +146,7 @@ def sparse_upsample_conv2d(
     out_channels, _, kernel_h, kernel_w = pattern.pattern.shape
     return torch.ops.sparse_gen.sparse_upsample_conv2d(
         x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous(),
-        pattern.pattern.index, pattern.by_tap, pattern.tap_order, pattern.pattern.by_input,
+        pattern.pattern.taps, pattern.by_tap, pattern.tap_order, pattern.pattern.by_input,
         pattern.pattern.input_order, out_channels, kernel_h, kernel_w, padding, PADDING_MODES.index(padding_mode),
     )  # fmt: skip
 
@@ -159,9 +159,10 @@ def _check(x, values, pattern: SparsePattern, bias, padding, padding_mode) -> No
         raise ValueError(f"expected x with the pattern's {in_channels} channels, got {x.shape[1]}")
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"expected padding_mode out of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-    if kernel_h != kernel_w or kernel_h % 2 == 0 or padding != kernel_h // 2:
+    if kernel_h != kernel_w or kernel_h % 2 == 0 or kernel_h > 11 or padding != kernel_h // 2:
         raise ValueError(
-            f"expected a square odd kernel and half its size as padding, got {kernel_h}×{kernel_w} and {padding}"
+            "expected a square odd kernel up to 11 and half its size as padding, got "
+            f"{kernel_h}×{kernel_w} and {padding}"
         )
     if padding_mode == "reflect" and padding >= 2 * min(x.shape[2:]):
         raise ValueError(
