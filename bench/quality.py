@@ -202,7 +202,7 @@ def draw(records: list[dict]) -> None:
         axes.set(xlabel="step, search included", title=f"{name} {SIZE}², σ = {SIGMA}, a line a seed", ylim=(10, None))
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("PSNR, dB")
-    panels[0][0].legend(loc="lower right", fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     with atomic_write(PICTURE) as file:
         figure.savefig(file, dpi=110, format="png")
 

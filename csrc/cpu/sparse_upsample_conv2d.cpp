@@ -31,6 +31,13 @@ struct Columns {
 
 constexpr long long kMostTaps = 121;  // 11 × 11
 
+// Calls f(x) for first <= x < last, but for begin <= x < end.
+template <class F>
+inline void for_outside(long long begin, long long end, long long first, long long last, F f) {
+  for (long long x = first; x < last && x < begin; ++x) f(x);
+  for (long long x = end > first ? end : first; x < last; ++x) f(x);
+}
+
 // to[x] = bias + sum of from[n][x], for begin <= x < end.
 template <class T>
 void add_rows(const T* const* from, long long rows, T bias, T* to, long long begin, long long end) {
@@ -89,9 +96,7 @@ void assemble(const TapPlanes& t, const T* taps, T bias, T* out, T* scratch) {
       end = end > begin ? end : begin;
       T* half = scratch + phase * t.width;
       add_rows(shifted, seen, bias, half, begin, end);
-      for (long long x = 0; x < t.width; x = x + 1 == begin ? end : x + 1) {
-        if (x == begin && begin < end) x = end;
-        if (x >= t.width) break;
+      for_outside(begin, end, 0, t.width, [&](long long x) {
         T sum = bias;
         for (long long ky = 0; ky < t.kernel_h; ++ky) {
           const long long row = row_of(t, y, ky);
@@ -103,7 +108,7 @@ void assemble(const TapPlanes& t, const T* taps, T bias, T* out, T* scratch) {
           }
         }
         half[x] = sum;
-      }
+      });
     }
     interleave(scratch, scratch + t.width, out + y * 2 * t.width, t.width);
   }
@@ -148,16 +153,12 @@ void spread(const TapPlanes& t, const T* grad_out, T* taps, T* scratch) {
           const Columns columns(t, phase, kx);
           for (long long n = 0; n < found; ++n) {
             const T* gradient = scratch + phase * plane + rows[n] * t.width;
-            for (long long x = columns.from; x < columns.to; ++x) {
-              if (x + columns.shift == begin && begin < end) x = end - columns.shift;
-              if (x < columns.to) sum[x + columns.shift] += gradient[x];
-            }
-            for (long long x = 0; x < t.width; x = x + 1 == columns.from ? columns.to : x + 1) {
-              if (x == columns.from && columns.from < columns.to) x = columns.to;
-              if (x >= t.width) break;
+            for_outside(begin - columns.shift, end - columns.shift, columns.from, columns.to,
+                        [&](long long x) { sum[x + columns.shift] += gradient[x]; });
+            for_outside(columns.from, columns.to, 0, t.width, [&](long long x) {
               const long long column = columns.border(t, x);
               if (column >= 0) sum[column] += gradient[x];
-            }
+            });
           }
         }
       }
