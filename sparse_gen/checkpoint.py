@@ -21,7 +21,7 @@ VERSION = 1
 KEPT = 2
 
 
-class RunInterrupted(Exception):  # noqa: N818
+class RunInterrupted(Exception):
     """A run was asked to stop, and has stored where it was."""
 
 

@@ -45,7 +45,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
@@ -111,7 +111,7 @@ def claim_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends without it
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself durable; systems that cannot open a folder need no such thing."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

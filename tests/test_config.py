@@ -33,6 +33,14 @@ BAD = [
     ("temperature", 0, "expected a number above 0, got 0, give a positive number"),
     ("prior", 1, "expected a number in (0, 1), got 1, leave it out"),
     ("prunable", "weights", "expected conv_weights or all, got 'weights', use one of them"),
+    ("stop", "es", "expected none, wmv or emv, got 'es', use one of them"),
+    ("stop_window", 1, f"{WHOLE} 2 to 1,000,000, got 1, {RANGE}"),
+    ("stop_patience", 0, f"{WHOLE} 1 to 1,000,000,000, got 0, {RANGE}"),
+    ("stop_alpha", 1, "expected a number in (0, 1), got 1, leave it out"),
+    ("average", 1.5, "expected a number in (0, 1), got 1.5, leave it out"),
+    ("input_jitter", -0.1, "expected a number from 0, got -0.1, give 0 or a positive number"),
+    ("rings", 0, f"{WHOLE} 1 to 1,000, got 0, {RANGE}"),
+    ("generator", "unet", "expected hourglass, skip or decoder, got 'unet', use one of them"),
     ("seed", -1, f"{WHOLE} 0 to 9,223,372,036,854,775,807, got -1, {RANGE}"),
     ("device", "gpu", "expected auto, cpu, cuda or cuda:N, got 'gpu', use one of them"),
     ("threads", 0, f"{WHOLE} 1 to 1,024, got 0, {RANGE}"),
@@ -44,7 +52,7 @@ BAD = [
     ("input_scale", 0, "expected a number above 0, got 0, give a positive number"),
     ("clip", "yes", "expected true or false, got 'yes', write one of the two"),
     ("force", 1, "expected true or false, got 1, write one of the two"),
-    ("image", 3, "expected the path of a PNG or JPEG, got 3, name one"),
+    ("image", 3, "expected the path of a PNG, JPEG or TIFF, got 3, name one"),
     ("image_sha256", "abc", "expected 64 hexadecimal digits, got 'abc', remove it to accept any image"),
 ]
 
@@ -68,6 +76,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     config = DenoiseConfig(
         image="/a folder/ü: #1.png", image_sha256="0" * 64, sigma=25 / 255, kl_weight=1e-7, lr=1.0 / 3,
         search_steps=7, seed=2**63 - 1, depth=2, channels=(4, 8), prior=0.2, device="cuda:1", threads=3, force=True,
+        stop="emv", stop_alpha=0.3, average=0.99, input_jitter=1.0 / 30, rings=None, generator="skip",
     )  # fmt: skip
     config.save(tmp_path / "config.yaml")
     assert DenoiseConfig.load(tmp_path / "config.yaml") == config
@@ -98,8 +107,15 @@ def test_defaults_are_those_of_the_functions_they_reach():
     assert config.density == default(sg.search_mask, "density")
     assert config.temperature == default(sg.search_mask, "temperature")
     assert (config.steps, config.lr) == (default(sg.fit, "steps"), default(sg.fit, "lr"))
-    assert config.channels == tuple(default(sg.generators.Hourglass, "channels"))
-    assert config.input_channels == default(sg.generators.Hourglass, "in_channels")
+    assert (config.average, config.input_jitter) == (default(sg.fit, "average"), default(sg.fit, "input_jitter"))
+    assert (config.stop_window, config.stop_patience) == (
+        default(sg.stop.WMV, "window"), default(sg.stop.WMV, "patience"),
+    )  # fmt: skip
+    assert (config.stop_alpha, config.stop_patience) == (
+        default(sg.stop.EMV, "alpha"),
+        default(sg.stop.EMV, "patience"),
+    )
+    assert config.channels is None and config.input_channels is None  # the generator's own
     assert config.input_scale == default(sg.noise_input, "scale")
 
 
@@ -108,11 +124,16 @@ BAD_FILES = {
     "no such key at all": (b"image: a.png\nzzz: 3\n", "got 'zzz', use image, image_sha256, "),
     "number as key": (b"image: a.png\n3: 3\n", "expected the name of a setting, got 3, use image, "),
     "twice": (b"seed: 1\nseed: 2\n", "line 2: seed is set twice"),
-    "no image": (b"seed: 1\n", "image: expected the path of a PNG or JPEG, got none, name one"),
+    "no image": (b"seed: 1\n", "image: expected the path of a PNG, JPEG or TIFF, got none, name one"),
+    "merge key": (b"a: &a {seed: 1}\n<<: *a\n", "line 2: merging (<<) is not read, correct it"),
+    "time of day": (b"seed: 12:30\n", "line 1: '12:30' would be a number to base 60, quote it if it is text, correct"),
+    "time in seconds": (b"lr: 1:30.5\n", "line 1: '1:30.5' would be a number to base 60, quote it if it is text"),
+    "endless digits": (b"image: a.png\nseed: 0x" + b"f" * 5000, "seed: expected a whole number from 0 to "
+                       "9,223,372,036,854,775,807, got a number of thousands of digits, give one in that range"),
     "a list": (b"- 1\n- 2\n", "expected lines like `density: 0.05`, got [1, 2] in"),
     "nothing": (b"", "expected lines like `density: 0.05`, got null in"),
     "torn": (b"channels: [1, 2\n", "line 2: expected ',' or ']'"),
-    "not text": (b"\x89PNG\r\n\x1a\n", "unacceptable character"),
+    "not text": (b"\x89PNG\r\n\x1a\n", "with what YAML does not allow at position 0, correct it"),
     "an object": (b"a: !!python/object:os.system {}\n", "could not determine a constructor"),
     "a list as key": (b"? [1]\n: 2\n", "found unhashable key"),
     "deep": (b"a: " + b"[" * 10_000, "expected lines like `density: 0.05`, got"),

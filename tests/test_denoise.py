@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pictures import png_file, tiff
 from PIL import Image
 
 import sparse_gen as sg
-from sparse_gen.experiments import DenoiseConfig, DisconnectedError, denoise
+from sparse_gen.experiments import DenoiseConfig, DisconnectedError, denoise, memory
 from sparse_gen.experiments.images import read_image
 
 WIDTH, HEIGHT = 48, 40
@@ -193,6 +194,73 @@ def test_grey_and_alpha_come_back(clean, tmp_path, mode):
             assert written.mode == mode
             if mode == "RGBA":
                 np.testing.assert_array_equal(np.asarray(written)[..., 3], np.asarray(image)[..., 3])
+
+
+KINDS = {
+    "16-bit grey PNG": (".png", 1, np.uint16, ".png", np.uint16),
+    "16-bit RGBA PNG": (".png", 4, np.uint16, ".png", np.uint16),
+    "16-bit RGB TIFF": (".tif", 3, np.uint16, ".png", np.uint16),
+    "float TIFF": (".tif", 3, np.float32, ".tif", np.float32),
+    "float grey and alpha": (".tif", 2, np.float64, ".tif", np.float32),
+    "palette": (".png", "P", np.uint8, ".png", np.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_are_of_the_photographs_kind_and_depth(tmp_path, kind):
+    suffix, channels, dtype, suffix_out, dtype_out = KINDS[kind]
+    y, x = np.mgrid[0:21, 0:26]
+    values = np.stack([x / 25, y / 20, (x + y) / 45, x * y / 500], axis=-1)
+    path = tmp_path / f"in{suffix}"
+    if channels == "P":
+        Image.fromarray((255 * values[..., :3]).astype(np.uint8)).quantize(9).save(path)
+        channels = 3
+    else:
+        values = values[..., :channels] * (np.iinfo(dtype).max if np.dtype(dtype).kind == "u" else 1)
+        path.write_bytes((png_file if suffix == ".png" else tiff)(values.astype(dtype), *[16] * (suffix == ".png")))
+    config = DenoiseConfig(image=str(path), sigma=0.1, **SMALL | {"depth": 2})
+    result = denoise(config, tmp_path / "out")
+    photograph = read_image(path)
+    for name, image in {
+        "restored": result.image,
+        "noisy": sg.inverse.add_noise(photograph.pixels, 0.1, seed=0),
+    }.items():
+        written = read_image(tmp_path / "out" / f"{name}{suffix_out}")
+        assert (written.dtype, written.mode) == (np.dtype(dtype_out).name, photograph.mode)
+        step = {np.uint8: 0.5 / 255, np.uint16: 0.5 / 65535, np.float32: 0}[dtype_out]
+        assert (written.pixels - image).abs().max() <= step * 1.001 + (1e-7 if step else 0)
+        if photograph.alpha is not None:
+            np.testing.assert_array_equal(written.alpha, photograph.alpha)
+    assert len(os.listdir(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("size", [(5, 5), (5, 130), (97, 6), (31, 17)])
+def test_tiny_and_odd_sizes(tmp_path, size):
+    values = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "in.png")
+    config = DenoiseConfig(image=str(tmp_path / "in.png"), sigma=0.1, **SMALL | {"depth": None})
+    result = denoise(config, tmp_path / "out")
+    assert result.image.shape == (1, 3, *size)
+    assert read_image(tmp_path / "out" / "restored.png").pixels.shape == (1, 3, *size)
+
+
+def test_what_an_earlier_run_wrote_in_another_format_goes(clean, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("restored.tif", "noisy.tif"):
+        (folder / name).write_bytes(b"old")
+    denoise(DenoiseConfig(image=str(clean), **SMALL), folder, overwrite=True)
+    assert not (folder / "restored.tif").exists() and not (folder / "noisy.tif").exists()
+    assert (folder / "restored.png").exists()
+
+
+def test_a_run_that_does_not_fit_into_memory_is_refused_before_it_starts(clean, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda _: 10**6)
+    with pytest.raises(
+        ValueError, match=r"memory: expected a run that fits into the 1 MB available on cpu, got one of"
+    ):
+        denoise(DenoiseConfig(image=str(clean), device="cpu", **SMALL), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_deepest_depth_that_fits_is_taken(clean, tmp_path):

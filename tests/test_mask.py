@@ -1,6 +1,5 @@
 """`Mask`: what it counts, what it refuses, and its file."""
 
-import json
 from math import floor
 
 import pytest
@@ -9,6 +8,7 @@ from problems import problem, random_mask, small_net
 from safetensors.torch import load_file, save_file
 
 import sparse_gen as sg
+from sparse_gen.tensorfile import read_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,7 @@ def test_experiment_axis_is_no_part_of_the_shape():
         (({},), "at least one parameter"),
         (({"a": torch.ones(3)},), "bool tensor for a, got torch.float32"),
         (({"a": [True]},), "bool tensor for a, got list"),
+        (({"a": torch.ones(0, 3, dtype=torch.bool)},), r"at least one entry in a, got a mask of shape \(0, 3\)"),
     ],
 )
 def test_bad_masks(arguments, message):
@@ -115,16 +116,116 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         sg.Mask.load(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("missing", ["shapes", "sha256", "recipe", "version", "whole", "weights"])
-def test_a_file_with_an_incomplete_header_is_refused(tmp_path, found, missing):
+def rewrite(path, change):
+    """Change the header of a file and stamp it again, as another program might write it."""
+    header, tensors = read_tensors(path, kind="mask", version=1)
+    change(header, tensors)
+    version = header.pop("version")
+    write_tensors(path, tensors, kind="mask", version=version, header=header)
+
+
+UNFIT = {
+    "no shapes": (lambda h, t: h.pop("shapes"), "'shapes' is missing"),
+    "no recipe": (lambda h, t: h.pop("recipe"), "'recipe' is missing"),
+    "no whole": (lambda h, t: h.pop("whole"), "'whole' is missing"),
+    "no weights": (lambda h, t: h.pop("weights"), "'weights' is missing"),
+    "no bits": (lambda h, t: t.pop("mask/head.weight"), "'mask/head.weight' is missing"),
+    "no weight": (lambda h, t: t.pop("weight/head.bias"), "'weight/head.bias' is missing"),
+    "a recipe of text": (lambda h, t: h.update(recipe="net"), "the recipe is no mapping"),
+    "half an experiment": (lambda h, t: h.update(experiments=1.5), "1.5 is no number of experiments"),
+    "true experiments": (lambda h, t: h.update(experiments=True), "True is no number of experiments"),
+    "experiments": (
+        lambda h, t: h.update(experiments=5),
+        "expected encoder.0.conv1.1.weight with a leading axis of 5 experiments, got (6, 6, 5, 5)",
+    ),
+    "a negative length": (lambda h, t: h["shapes"].update({"head.weight": [-3, 6, 1, 1]}),
+                          "(-3, 6, 1, 1) is no shape of head.weight"),
+    "no length": (lambda h, t: h["shapes"].update({"head.weight": [0, 2**62]}),
+                  f"(0, {2**62}) is no shape of head.weight"),
+    "a shape of text": (lambda h, t: h["shapes"].update({"head.weight": "316"}),
+                        "('3', '1', '6') is no shape of head.weight"),
+    "a huge shape": (lambda h, t: h["shapes"].update({"head.weight": [10**12, 10**12]}),
+                     f"3 bytes of bits make no mask of shape ({10**12}, {10**12})"),
+    "a huge whole": (lambda h, t: h["whole"].update({"head.bias": [10**30]}),
+                     f"expected one stored weight for each kept entry of head.bias, {10**30}, got 3"),
+    "shapes as a list": (lambda h, t: h.update(shapes=[1, 2]), "'list' object has no attribute 'items'"),
+    "weights of bytes": (
+        lambda h, t: t.update({"weight/head.bias": torch.zeros(3, dtype=torch.uint8)}),
+        "expected the stored weights of head.bias as a vector of floats, got torch.uint8 of shape (3,)",
+    ),
+    "weights in a matrix": (
+        lambda h, t: t.update({"weight/head.bias": torch.zeros(3, 1)}),
+        "expected the stored weights of head.bias as a vector of floats, got torch.float32 of shape (3, 1)",
+    ),
+    "a NaN": (lambda h, t: t["weight/head.bias"].fill_(float("nan")),
+              "expected finite stored weights, got NaN or infinity in head.bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_file_whose_content_does_not_fit_is_refused(tmp_path, found, name):
+    path = tmp_path / "m.safetensors"
+    found.save(path)
+    change, reason = UNFIT[name]
+    rewrite(path, change)
+    with pytest.raises(ValueError) as caught:
+        sg.Mask.load(path)
+    assert str(caught.value) == f"expected a sparse-gen mask file, got {path}, whose content does not fit: {reason}"
+
+
+DAMAGED = "which is cut off or damaged, fetch it again"
+METADATA = {
+    "nothing": ("sparse-gen mask", "", DAMAGED),
+    "header of text": ("sparse-gen mask", "0 density", DAMAGED),
+    "header of a number": ("sparse-gen mask", "0 1", DAMAGED),
+    "header without end": ("sparse-gen mask", "0 " + "[" * 100_000, DAMAGED),
+    "header of digits": ("sparse-gen mask", "0 " + "1" * 10_000, DAMAGED),
+    "wrong checksum": ("sparse-gen mask", '0 {"version": 1}',
+                       "whose checksum is wrong: the file is damaged, fetch it again"),
+    "a checkpoint": ("sparse-gen checkpoint", "", "a safetensors file of something else, name another"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_a_file_with_other_metadata_is_refused(tmp_path, found, name):
+    path = tmp_path / "m.safetensors"
+    found.save(path)
+    key, value, reason = METADATA[name]
+    save_file(load_file(path), path, {key: value})
+    with pytest.raises(ValueError) as caught:
+        sg.Mask.load(path)
+    assert str(caught.value) == f"expected a sparse-gen mask file, got {path}, {reason}"
+
+
+@pytest.mark.parametrize(
+    ("version", "shown"), [(2, "2"), (None, "None"), ("x" * 10_000 + "\n", "'xxxxxxxxxxxx...xxxxxxxxxxx\\n'")]
+)
+def test_a_file_of_another_version_is_refused(tmp_path, found, version, shown):
+    path = tmp_path / "m.safetensors"
+    found.save(path)
+    rewrite(path, lambda header, _: header.update(version=version))
+    with pytest.raises(ValueError) as caught:
+        sg.Mask.load(path)
+    assert str(caught.value) == (
+        f"expected a sparse-gen mask file, got {path} of version {shown}, install the release that wrote it: this one "
+        "reads 1"
+    )
+
+
+def test_equal_masks_are_equal_files(tmp_path, found):
+    for name in "abcdefgh":
+        found.save(tmp_path / name)
+    assert len({(tmp_path / name).read_bytes() for name in "abcdefgh"}) == 1
+
+
+def test_a_changed_recipe_is_found(tmp_path, found):
+    """A seed that a flipped bit turned into another would make another network without a word."""
     path = tmp_path / "m.safetensors"
     found.save(path)
     content = path.read_bytes()
-    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-    header = json.loads(metadata["header"])
-    del header[missing]
-    save_file(load_file(path), path, {**metadata, "header": json.dumps(header)})
-    with pytest.raises(ValueError, match=f"'{missing}' is missing"):
+    assert content.count(b'\\"seed\\": 0') >= 1
+    path.write_bytes(content.replace(b'\\"seed\\": 0', b'\\"seed\\": 1'))
+    with pytest.raises(ValueError, match="whose checksum is wrong"):
         sg.Mask.load(path)
 
 

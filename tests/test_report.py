@@ -1,5 +1,6 @@
 """The figure shows the right things, and nothing in it lies over anything else."""
 
+import dataclasses
 from itertools import combinations
 
 import numpy as np
@@ -18,14 +19,16 @@ TITLE = (
 )
 
 
-def history(rows: int, start: float, end: float) -> History:
+def history(rows: int, start: float, end: float, **rings) -> History:
     record = History()
     for i, loss in enumerate(torch.linspace(start, end, rows)):
-        record.record(i * EVERY, loss=loss[None])
+        record.record(i * EVERY, loss=loss[None], **{name: (i + 1) * ring[None] for name, ring in rings.items()})
     return record
 
 
-def report(channels=3, size=(20, 24), known=True, rows=50, depth=6, prunable="conv_weights", title=TITLE) -> Report:
+def report(
+    channels=3, size=(20, 24), known=True, rows=50, depth=6, prunable="conv_weights", title=TITLE, rings=None
+) -> Report:
     net = sg.generators.Hourglass(channels=(4, 8), depth=depth, out_channels=channels)
     names = [n for n, p in net.named_parameters() if p.ndim == 4 or prunable == "all"]
     parameters = dict(net.named_parameters())
@@ -42,11 +45,18 @@ def report(channels=3, size=(20, 24), known=True, rows=50, depth=6, prunable="co
         restored=clean + 0.01,
         clean=clean if known else None,
         search=history(rows, 0.11, 0.09),
-        fit=history(rows, 0.1, 0.002),
+        fit=history(rows, 0.1, 0.002, **_ring_columns(rings, known)),
         psnr=([*range(0, rows * EVERY, EVERY), rows * EVERY], curve) if known else None,
         every=EVERY,
         mask=mask,
     )
+
+
+def _ring_columns(rings, known) -> dict[str, torch.Tensor]:
+    if rings is None:
+        return {}
+    falling = 10.0 ** -torch.arange(rings)
+    return {"ring_energy": falling, "ring_error": 1e-3 * falling} if known else {"ring_energy": falling}
 
 
 def axes_by_title(figure) -> dict[str, object]:
@@ -74,6 +84,12 @@ def test_the_peak_is_called_an_oracle_with_its_interval():
     assert lines[labels[1]].get_xydata().tolist() == [[250, 28]]
 
 
+def test_what_a_rule_selected_stands_beside_the_last_and_the_peak():
+    axes = axes_by_title(build_figure(dataclasses.replace(report(), stopped=("WMV", 300, 27.5))))["PSNR, dB"]
+    (line,) = [line for line in axes.lines if line.get_label() == "selected by WMV: 27.50 dB"]
+    assert line.get_xydata().tolist() == [[300, 27.5]]
+
+
 def test_the_bars_are_the_density_of_the_convolutions():
     figure = build_figure(report(depth=2))
     axes = figure.axes[-1]
@@ -91,6 +107,27 @@ def test_biases_and_norms_are_one_bar_where_they_are_pruned():
     assert [text.get_text() for text in axes.get_yticklabels()][-1] == "biases and norms"
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_bands_are_energies_over_those_of_the_reference(known):
+    data = report(rings=5, known=known)
+    panels = {title: axes for title, axes in axes_by_title(build_figure(data)).items() if "by frequency" in title}
+    reference = {"ring_energy": data.noisy, "ring_error": data.clean}
+    assert len(panels) == 1 + known
+    for (name, image), axes in zip(reference.items(), panels.values(), strict=False):
+        expected = data.fit[name][:, 0] / sg.analysis.ring_energies(image, 5)
+        for line, values in zip(axes.lines, expected.T, strict=True):
+            np.testing.assert_allclose(line.get_ydata(), values)
+            assert line.get_xdata().tolist() == data.fit.step
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert labels == ["0 to 0.2", "0.2 to 0.4", "0.4 to 0.6", "0.6 to 0.8", "0.8 and above"]
+
+
+def test_of_many_bands_a_few_are_named():
+    axes = axes_by_title(build_figure(report(rings=40)))["energy of the error / of the clean image, by frequency"]
+    assert len(axes.lines) == 40
+    assert len(axes.get_legend().get_texts()) == 8
+
+
 def test_grey_images_are_drawn_in_grey_over_the_whole_range():
     for axes in build_figure(report(channels=1)).axes[:4]:
         (image,) = axes.images
@@ -106,6 +143,8 @@ SHAPES = {
     "deep": {"depth": 10},
     "shallow": {"depth": 1},
     "one step": {"rows": 1},
+    "bands": {"rings": 5},
+    "noisy only, wide, many bands": {"known": False, "rings": 30, "size": (8, 64)},
 }
 
 

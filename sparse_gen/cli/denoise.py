@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import suppress
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparse_gen.cli.errors import one_line_errors
+from sparse_gen.cli.errors import describe, one_line_errors
+from sparse_gen.cli.signals import Interrupted, stop_on_signal
+from sparse_gen.cli.times import format_seconds
 from sparse_gen.experiments.config import DenoiseConfig
+from sparse_gen.experiments.unfinished import FOLDER, is_unfinished, settings_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sparse_gen.cli.signals import Received
     from sparse_gen.experiments import DenoiseResult, Start
 
 EXAMPLE = "Example: sparse-gen denoise photo.png --sigma 0.1 --density 0.05 -o results"
 OVERFIT_RATIO = 0.3
+STAGES = {"search": "mask search", "fit": "training"}
 
 _DEFAULTS = {
     field.name: field.default for field in dataclasses.fields(DenoiseConfig) if field.default is not dataclasses.MISSING
@@ -47,7 +54,7 @@ def _number(name: str, help: str, shown: str | None = None) -> Any:
 def command(
     image: Annotated[
         Path | None,
-        typer.Argument(help="PNG or JPEG, 8-bit grey or colour. Default: that of --config.", show_default=False),
+        typer.Argument(help="PNG, JPEG or TIFF, grey or colour. Default: that of --config.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
@@ -68,10 +75,15 @@ def command(
     density: Annotated[float | None, _number("density", "Fraction of the parameters to keep.")] = None,
     search_steps: Annotated[int | None, _number("search_steps", "Steps of the mask search.")] = None,
     steps: Annotated[int | None, _number("steps", "Steps of the training after it.")] = None,
+    stop: Annotated[
+        str | None,
+        _option("stop", "Rule that ends the training without the clean image: wmv, emv or none.", "none"),
+    ] = None,
+    generator: Annotated[str | None, _option("generator", "hourglass, skip or decoder.", "hourglass")] = None,
     seed: Annotated[int | None, _number("seed", "Seed of noise, network, network input and search.")] = None,
     device: Annotated[str | None, _option("device", "cpu, cuda, cuda:1, ... or auto.", "auto")] = None,
     threads: Annotated[int | None, _number("threads", "CPU threads; the bits depend on it.", "PyTorch's")] = None,
-    depth: Annotated[int | None, _number("depth", "Scales of the network.", "the deepest up to 6 that fits")] = None,
+    depth: Annotated[int | None, _number("depth", "Scales of the network.", "the deepest that fits")] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -81,8 +93,17 @@ def command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Train on even if the mask disconnects the network.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write to a folder that already holds files.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")
+    ] = False,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(help="Store where the run is this often, in OUTPUT/checkpoints.", metavar="NUMBER")
+    ] = 60,
 ) -> None:
-    """Restore a noisy photograph with a generator pruned at initialisation."""
+    """Restore a noisy photograph with a generator pruned at initialisation.
+
+    A run that was interrupted by Ctrl-C, SIGTERM or a crash goes on with: sparse-gen denoise --resume -o OUTPUT
+    """
     given = {
         "image": None if image is None else str(image),
         "sigma": sigma,
@@ -90,6 +111,8 @@ def command(
         "density": density,
         "search_steps": search_steps,
         "steps": steps,
+        "stop": stop,
+        "generator": generator,
         "seed": seed,
         "device": device,
         "threads": threads,
@@ -97,11 +120,15 @@ def command(
         "force": force or None,
     }
     settings = merge_settings({} if config is None else _read(config), given)
-    if settings.get("image") is None:
-        raise ValueError("image: expected a PNG or JPEG file, got none, name one or a --config that does")
-    if output is None:
+    if output is None and (resume or settings.get("image") is not None):
         raise ValueError("output: expected a folder for the results, got none, add -o DIR")
-    _run(DenoiseConfig.from_mapping(settings), output, overwrite)
+    if resume:
+        if overwrite:
+            raise ValueError("resume: expected --resume or --overwrite, got both, leave one out")
+        settings = merge_settings(settings_of(output).plain(), settings)
+    elif settings.get("image") is None:
+        raise ValueError("image: expected a PNG, JPEG or TIFF file, got none, name one or a --config that does")
+    _run(DenoiseConfig.from_mapping(settings), output, overwrite, resume, checkpoint_seconds)
 
 
 def _read(config: Path) -> dict[str, Any]:
@@ -118,37 +145,66 @@ def merge_settings(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     return merged
 
 
-def _run(config: DenoiseConfig, output: Path, overwrite: bool) -> None:
+def _run(config: DenoiseConfig, output: Path, overwrite: bool, resume: bool, checkpoint_seconds: float) -> None:
     from rich.console import Console
 
+    from sparse_gen.checkpoint import Checkpoints
     from sparse_gen.cli.progress import StageBars
     from sparse_gen.experiments import denoise
 
     console = Console(highlight=False, soft_wrap=True)
-    with StageBars() as bars:
+    checkpoints = Checkpoints(output / FOLDER, seconds=checkpoint_seconds, resume=resume)
+    with (
+        stop_on_signal(checkpoints.request_stop) as received,
+        _telling_how_to_resume(output, received),
+        StageBars() as bars,
+    ):
         result = denoise(
             config,
             output,
             overwrite=overwrite,
+            checkpoints=checkpoints,
             on_start=lambda start: _print_start(console, start, config),
             progress=bars,
         )
     _print_result(console, result)
 
 
+@contextmanager
+def _telling_how_to_resume(output: Path, received: Received) -> Iterator[None]:
+    """Add the command that goes on with the run to what ends it."""
+    from sparse_gen.checkpoint import RunInterrupted
+    from sparse_gen.experiments import DisconnectedError
+
+    resume = f"go on with: sparse-gen denoise --resume -o {shlex.quote(str(output))}"
+    try:
+        yield
+    except (RunInterrupted, Interrupted) as error:
+        raise Interrupted(received.code, f"{error}; {resume}" if is_unfinished(output) else str(error)) from None
+    except DisconnectedError as error:
+        raise DisconnectedError(f"{error} ({resume} --force)") from None
+    except OSError as error:
+        if not is_unfinished(output) or isinstance(error, FileExistsError):
+            raise
+        raise OSError(f"{describe(error)}; {resume}") from None
+
+
 def _print_start(console: Console, start: Start, asked: DenoiseConfig) -> None:
     config = start.config
     height, width = start.size
-    depth = f"{config.depth}" + ("" if asked.depth else " (the deepest up to 6 that fits)")
+    depth = f"{config.depth}" + ("" if asked.depth else " (the deepest that fits)")
     ratio = start.kept / start.measured
     threads = f"{config.threads} thread" + ("s" if config.threads > 1 else "")
     lines = {
         "device": f"{config.device}, fp32 {start.precision}, {threads}",
         "image": f"{width} × {height} pixels, {start.measured:,} values",
-        "depth": depth,
+        "depth": depth if config.generator == "hourglass" else f"{depth}, {config.generator}",
         "parameters": f"{start.kept:,} kept of {start.total:,}, {ratio:.2f} per measured value",
         "time": f"about {format_seconds(start.seconds)}",
     }
+    if start.resumed_at is not None:
+        stage, step = start.resumed_at
+        lines["resumed"] = f"after step {step:,} of the {STAGES[stage]}"
     for name, text in lines.items():
         console.print(f"{name:<11}{text}", markup=False)
     if ratio > OVERFIT_RATIO:
@@ -166,10 +222,14 @@ def _print_result(console: Console, result: DenoiseResult) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     if metrics["psnr"] is not None:
         peak = f"oracle peak, every {metrics['psnr_oracle_peak_every']} steps"
+        restored = "PSNR restored"
+        if metrics["stop_selected_step"] is not None:
+            restored += f" ({metrics['stop'].upper()}, step {metrics['stop_selected_step']})"
         for name, key, unit in [
             ("PSNR noisy", "psnr_noisy", "dB"),
             ("PSNR masked, untrained", "psnr_masked_untrained", "dB"),
-            ("PSNR restored", "psnr", "dB"),
+            (restored, "psnr", "dB"),
+            *([("PSNR last", "psnr_last", "dB")] if metrics["psnr_last"] != metrics["psnr"] else []),
             (f"PSNR {peak}", "psnr_oracle_peak", f"dB at {metrics['psnr_oracle_peak_step']}"),
             ("SSIM restored", "ssim", ""),
         ]:
@@ -182,13 +242,3 @@ def _print_result(console: Console, result: DenoiseResult) -> None:
     console.print(table)
     for path in result.files:
         console.print(str(path), markup=False)
-
-
-def format_seconds(seconds: float) -> str:
-    """As people say it: 45 s, 3 min 20 s, 2 h 5 min."""
-    whole = max(1, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ from typing import Any, TypeVar
 
 import typer
 
+from sparse_gen.cli.signals import Interrupted
+
 BAD_INPUT = 2
-INTERRUPTED = 130
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -30,11 +32,25 @@ def one_line_errors(command: _Command) -> _Command:
         except (ValueError, OSError, FloatingPointError) as error:
             print_error(describe(error))
             raise typer.Exit(BAD_INPUT) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt as error:
+            interrupted = error if isinstance(error, Interrupted) else Interrupted(128 + signal.SIGINT)
+            print(interrupted, file=sys.stderr)
+            raise typer.Exit(interrupted.code) from None
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            print_error(
+                "memory: expected a run that fits, got one that does not, scale the image down or lower channels"
+            )
+            raise typer.Exit(BAD_INPUT) from None
 
     return run
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether this is Python's error or one of PyTorch's, which is not imported for it."""
+    pytorch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
+    return isinstance(error, MemoryError) or pytorch
 
 
 def print_error(message: str) -> None:

@@ -8,7 +8,7 @@ from io import TextIOWrapper
 
 import typer
 
-from sparse_gen.cli import denoise, info, mask
+from sparse_gen.cli import denoise, info, mask, sweep
 from sparse_gen.cli.errors import BAD_INPUT, one_line_warnings, print_error
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("denoise", epilog=denoise.EXAMPLE)(denoise.command)
 app.command("info", epilog=info.EXAMPLE)(info.command)
 app.add_typer(mask.app, name="mask")
+app.add_typer(sweep.app, name="sweep")
 
 # typer does not export this class, and where it lives has moved between typer's versions.
 _UsageError = typer.BadParameter.__base__
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes the process's.
 
     Returns:
-        0, 2 after an error in the input (one line on stderr), 130 after Ctrl-C.
+        0, 2 after an error in the input (one line on stderr), 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):

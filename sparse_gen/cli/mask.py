@@ -30,10 +30,6 @@ def show(file: Annotated[Path, typer.Argument(help="A mask.safetensors.")]) -> N
 
     import sparse_gen as sg
 
-    if not file.exists():
-        raise ValueError(f"mask: expected a mask file, got {file}, which is not there, check the name")
-    if file.is_dir():
-        raise ValueError(f"mask: expected a mask file, got the folder {file}, name a file in it")
     mask = sg.Mask.load(file)
     table = Table(box=None, padding=(0, 2, 0, 0), show_footer=True)
     table.add_column("parameter", "total", no_wrap=True)

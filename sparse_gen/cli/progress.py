@@ -1,6 +1,8 @@
-"""The progress bars of a run."""
+"""The progress bars of a run and of a sweep."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -12,6 +14,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from sparse_gen.cli.times import format_seconds
+
+if TYPE_CHECKING:
+    from sparse_gen.experiments.sweep_folder import Status
 
 _NAMES = {"search": "search mask", "fit": "train"}
 
@@ -49,6 +56,39 @@ class StageBars:
             name = _NAMES.get(stage, stage)
             self._tasks[stage] = self._progress.add_task(name, total=total, measured="")
         self._progress.update(self._tasks[stage], completed=step, measured=_measured(metrics))
+
+
+class SweepBar:
+    """One bar, on stderr, of a sweep's experiments, with the time left.
+
+    A context manager; pass the instance itself as `progress`.
+    """
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("experiments"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> SweepBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._progress.stop()
+
+    def __call__(self, status: Status) -> None:
+        if self._task is None:
+            self._progress.start()
+            self._task = self._progress.add_task("", total=status.total, state="")
+        left = "" if status.seconds_left is None else f", {format_seconds(status.seconds_left)} left"
+        state = f"{status.running} running, {status.failed} failed{left if status.left else ''}"
+        self._progress.update(self._task, completed=status.done + status.failed, state=state)
 
 
 def _measured(metrics: dict[str, float]) -> str:

@@ -25,7 +25,7 @@ class DenoiseConfig:
     """What `sparse_gen.experiments.denoise` does, and to which image.
 
     Attributes:
-        image: path of a PNG or JPEG.
+        image: path of a PNG, JPEG or TIFF.
         image_sha256: of the image's bytes; a run refuses another file. None accepts any.
         sigma: standard deviation of the noise added to `image`, in units of its [0, 1] range;
             None takes the image as noisy already.
@@ -110,7 +110,7 @@ class DenoiseConfig:
         """
         check_known(values, [field.name for field in dataclasses.fields(cls)], "expected the name of a setting")
         if values.get("image") is None:
-            raise ValueError("image: expected the path of a PNG or JPEG, got none, name one")
+            raise ValueError("image: expected the path of a PNG, JPEG or TIFF, got none, name one")
         return cls(**values)
 
     @classmethod
@@ -159,7 +159,10 @@ _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 60, 60, 2
 
 def show(value: Any) -> str:
     """A value in a message: short however large it is, None as YAML's null."""
-    return "null" if value is None else _SHORT.repr(value)
+    try:
+        return "null" if value is None else _SHORT.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _is_number(value: Any) -> bool:
@@ -203,7 +206,7 @@ def _flag(name: str, value: Any) -> bool:
 def _path(name: str, value: Any) -> str:
     if isinstance(value, (str, os.PathLike)) and os.fspath(value):
         return os.fspath(value)
-    raise ValueError(f"{name}: expected the path of a PNG or JPEG, got {show(value)}, name one")
+    raise ValueError(f"{name}: expected the path of a PNG, JPEG or TIFF, got {show(value)}, name one")
 
 
 def _digest(name: str, value: Any) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
     from sparse_gen.checkpoint import Checkpoints
     from sparse_gen.experiments.problem import Problem
 
+PICTURES = ("restored.png", "restored.tif", "noisy.png", "noisy.tif")  # of which a run writes one or two
 FILES = (
-    "restored.png",
-    "noisy.png",
+    *PICTURES,
     "report.png",
     "metrics.json",
     "mask.safetensors",
@@ -92,9 +91,9 @@ def denoise(
 
     Args:
         config: every setting; with `sigma` the photograph is taken as clean, and noise is added.
-        output: a new or empty folder for `restored.png`, `noisy.png` (with `sigma`),
-            `report.png`, `metrics.json`, `mask.safetensors` and `config.yaml`. They are
-            written at the end, so an interrupted run leaves what was there.
+        output: a new or empty folder for `restored.png`, `noisy.png` (with `sigma`; both `.tif` where the photograph
+            is one of floats), `report.png`, `metrics.json`, `mask.safetensors` and `config.yaml`. They are written
+            at the end, so an interrupted run leaves what was there.
         overwrite: allow a folder that holds files; those named above are replaced or removed.
         checkpoints: must be of the folder `checkpoints` in `output`. The run's settings and state are stored there,
             it may resume from them, and the folder is removed once the results are written. None stores nothing.
@@ -105,8 +104,8 @@ def denoise(
         `DenoiseResult`.
 
     Raises:
-        ValueError: if the image, the device, the depth or the density does not do, or if there is nothing to
-            resume, or a run with other settings.
+        ValueError: if the image, the device, the depth or the density does not do, or the memory, or if there is
+            nothing to resume, or a run with other settings.
         DisconnectedError: if the mask disconnects the network and `config.force` is not set.
         FloatingPointError: if a loss stops being finite; the step is named.
         OSError: if a file cannot be read or written.
@@ -117,16 +116,24 @@ def denoise(
     # Here and not above: the command line's help imports this module, but needs no torch.
     from sparse_gen.experiments.environment import precision_in_use, resolve_device, use_threads
     from sparse_gen.experiments.images import read_image
-    from sparse_gen.experiments.problem import choose_depth, network_settings, pose
+    from sparse_gen.experiments.memory import check_memory
+    from sparse_gen.experiments.problem import (
+        check_density,
+        check_same_image,
+        choose_depth,
+        make_rule,
+        network_settings,
+        pose,
+        selected_step,
+    )
+    from sparse_gen.experiments.stages import last_output, psnr_curve, search, train
 
-    photograph = read_image(config.image)
-    _check_same_image(config, photograph)
     device = resolve_device(config.device)
+    photograph = read_image(config.image, lambda shape: check_memory(config, shape, device))
+    check_same_image(config, photograph)
     image = photograph.pixels.to(device)
     size = tuple(image.shape[-2:])
     depth = choose_depth(config, size)
-    _check_image_survives(photograph.path, Path(output))
-    folder = claim(Path(output), overwrite, checkpoints)
 
     with use_threads(config.threads) as threads:
         config = config.replace(
@@ -139,6 +146,9 @@ def denoise(
 
         problem = pose(config, image)
         config = config.replace(**network_settings(problem.net))
+        check_density(config, problem.net)
+        _check_image_survives(photograph.path, Path(output))
+        folder = claim(Path(output), overwrite, checkpoints)
         resumed_at = None
         if checkpoints is not None and checkpoints.resume:
             check_same(config, folder)
@@ -161,44 +171,35 @@ def denoise(
             begin(config, checkpoints)
 
         clock = time.perf_counter()
-        search = _search(problem, config, config.search_steps, progress, checkpoints=checkpoints)
+        found = search(problem, config, checkpoints=checkpoints, progress=progress)
         seconds_search = time.perf_counter() - clock + _seconds_before(checkpoints, "search")
-        if not search.connected and not config.force:
-            raise DisconnectedError(
-                f"mask: expected one that lets a signal through, got one that stops it at "
-                f"{search.disconnected_at}, raise search_steps or density, or train on with force"
-            )
-        untrained = sg.masked_output(problem.net, problem.z, search.mask)
+        check_connected(found, config)
+        untrained = sg.masked_output(problem.net, problem.z, found.mask)
 
         clock = time.perf_counter()
-        run, rule = _fit(problem, search.mask, config, progress, checkpoints)
+        rule = make_rule(config)
+        run = train(problem, found.mask, config, rule=rule, checkpoints=checkpoints, progress=progress)
         seconds_fit = time.perf_counter() - clock + _seconds_before(checkpoints, "fit")
 
-        last = _last_output(run, problem.z, config)
-        curve = None if problem.clean is None else _psnr_curve(run, last, problem.clean, config)
-        metrics = _quality(problem, untrained, run.image, curve, config) | {
+        curve = None
+        if problem.clean is not None:
+            curve = psnr_curve(run, last_output(run, problem.z), problem.clean, config.steps)
+        selected = selected_step(rule)
+        metrics = _quality(problem, untrained, run.image, curve, selected, config) | {
             "stop": config.stop,
-            "stop_selected_step": None if rule is None else int(rule.selected_step),
+            "stop_selected_step": selected,
             "stopped_at": run.stopped_at,
             "seconds_search": round(seconds_search, 3),
             "seconds_fit": round(seconds_fit, 3),
-            "connected": bool(search.connected),
-            "kept": search.mask.kept,
-            "total": search.mask.total,
+            "connected": bool(found.connected),
+            "kept": found.mask.kept,
+            "total": found.mask.total,
         }
         metrics |= _provenance(start)
-        files = _write(folder, photograph, problem, untrained, search, run, curve, config, metrics)
+        files = _write(folder, photograph, problem, untrained, found, run, curve, config, metrics)
         if checkpoints is not None:
             finish(checkpoints)
     return DenoiseResult(run.image, metrics, files)
-
-
-def _check_same_image(config: DenoiseConfig, photograph) -> None:
-    if config.image_sha256 not in (None, photograph.sha256):
-        raise ValueError(
-            f"image: expected the file with SHA-256 {config.image_sha256[:12]}…, got "
-            f"{photograph.sha256[:12]}… in {config.image}, restore that file or remove image_sha256"
-        )
 
 
 def _check_image_survives(image: Path, folder: Path) -> None:
@@ -206,74 +207,17 @@ def _check_image_survives(image: Path, folder: Path) -> None:
         raise ValueError(f"output: expected a folder whose results leave {image} alone, got {folder}, name another")
 
 
-def _search(problem: Problem, config: DenoiseConfig, steps: int, progress, every=None, checkpoints=None):
-    with warnings.catch_warnings():
-        if not config.force:  # it becomes an error, which says the same
-            warnings.simplefilter("ignore", sg.DisconnectedMaskWarning)
-        return sg.search_mask(
-            problem.net,
-            problem.z,
-            problem.noisy,
-            density=config.density,
-            steps=steps,
-            lr=config.search_lr,
-            kl_weight=config.kl_weight,
-            temperature=config.temperature,
-            prior=config.prior,
-            prunable=config.prunable,
-            seed=config.seed,
-            every=every or config.every,
-            recipe=_recipe(config),
-            checkpoints=checkpoints,
-            progress=_as_stage("search", progress),
+def check_connected(found, config: DenoiseConfig) -> None:
+    """Raise DisconnectedError if the mask disconnects the network and `config.force` is not set."""
+    if not found.connected and not config.force:
+        raise DisconnectedError(
+            f"mask: expected one that lets a signal through, got one that stops it at "
+            f"{found.disconnected_at}, raise search_steps or density, or train on with force"
         )
-
-
-def _fit(problem: Problem, mask, config: DenoiseConfig, progress, checkpoints=None):
-    """The fit's result, and the stopping rule that watched it, if any."""
-    from sparse_gen.experiments.problem import make_rule
-
-    rule = make_rule(config)
-    run = sg.fit(
-        sg.compile(problem.net, mask=mask, example_input=problem.z),
-        problem.z,
-        problem.noisy,
-        steps=config.steps,
-        lr=config.lr,
-        clean=problem.clean,
-        stop=rule,
-        average=config.average,
-        input_jitter=config.input_jitter,
-        rings=config.rings,
-        seed=config.seed,
-        every=config.every,
-        checkpoints=checkpoints,
-        progress=_as_stage("fit", progress),
-    )
-    return run, rule
 
 
 def _seconds_before(checkpoints: Checkpoints | None, stage: str) -> float:
     return 0.0 if checkpoints is None else checkpoints.seconds_before(stage)
-
-
-def _recipe(config: DenoiseConfig) -> dict[str, Any]:
-    """How to make z and the noise again; the network's recipe is added by the search."""
-    return {
-        "z": {
-            "channels": config.input_channels,
-            "scale": config.input_scale,
-            "seed": config.seed,
-        },
-        "noise": {"sigma": config.sigma, "clip": config.clip, "seed": config.seed},
-        "image_sha256": config.image_sha256,
-    }
-
-
-def _as_stage(stage: str, progress: StageProgress | None):
-    if progress is None:
-        return None
-    return lambda step, total, metrics: progress(stage, step, total, metrics)
 
 
 def _estimate_seconds(problem: Problem, config: DenoiseConfig, done: tuple[str, int] | None) -> float:
@@ -281,14 +225,16 @@ def _estimate_seconds(problem: Problem, config: DenoiseConfig, done: tuple[str, 
 
     The fastest of them counts: what else the machine does only ever adds to a step.
     """
+    from sparse_gen.experiments.stages import search, train
+
     times: dict[str, list[float]] = {"search": [], "fit": []}
 
     def note(stage: str, step: int, total: int, metrics: dict[str, float]) -> None:
         times[stage].append(time.perf_counter())
 
-    mask = _search(problem, config.replace(force=False), _TIMED_STEPS, note, every=1).mask
-    alone = config.replace(steps=_TIMED_STEPS, every=1, stop="none", rings=None)
-    _fit(dataclasses.replace(problem, clean=None), mask, alone, note)
+    short = config.replace(search_steps=_TIMED_STEPS, steps=_TIMED_STEPS, every=1, rings=None, force=False)
+    mask = search(problem, short, progress=note).mask
+    train(dataclasses.replace(problem, clean=None), mask, short, progress=note)
     left = {"search": config.search_steps, "fit": config.steps}
     if done is not None:
         stage, steps = done
@@ -298,25 +244,9 @@ def _estimate_seconds(problem: Problem, config: DenoiseConfig, done: tuple[str, 
     return sum(left[stage] * min(after - before for before, after in pairwise(t)) for stage, t in times.items())
 
 
-def _last_output(run, z: torch.Tensor, config: DenoiseConfig) -> torch.Tensor:
-    """The output after the last update, which a rule or an average need not have selected."""
-    import torch
-
-    if config.stop == "none" and config.average is None:
-        return run.image
-    with torch.no_grad():
-        return run.module(z)
-
-
-def _psnr_curve(run, last, clean, config: DenoiseConfig) -> tuple[list[int], list[float]]:
-    """Updates done and PSNR: the history's rows, and the output after the last update."""
-    return [*run.history.step, run.stopped_at or config.steps], [
-        *run.history["psnr"][:, 0].tolist(),
-        sg.fitting.psnr(last, clean).item(),
-    ]
-
-
-def _quality(problem: Problem, untrained, restored, curve, config: DenoiseConfig) -> dict[str, Any]:
+def _quality(
+    problem: Problem, untrained, restored, curve, selected: int | None, config: DenoiseConfig
+) -> dict[str, Any]:
     """The values that need the clean image; each is None without it."""
     names = ("psnr_noisy", "psnr_masked_untrained", "psnr", "psnr_last", "psnr_stopped", "psnr_oracle_peak", "ssim")
     values: dict[str, Any] = dict.fromkeys(names)
@@ -329,7 +259,7 @@ def _quality(problem: Problem, untrained, restored, curve, config: DenoiseConfig
     values["psnr_masked_untrained"] = sg.fitting.psnr(untrained, clean).item()
     values["psnr"] = sg.fitting.psnr(restored, clean).item()
     values["psnr_last"] = psnr[-1]
-    values["psnr_stopped"] = None if config.stop == "none" else values["psnr"]
+    values["psnr_stopped"] = values["psnr"] if selected is not None else None
     values["psnr_oracle_peak"] = max(psnr)
     values["psnr_oracle_peak_step"] = steps[psnr.index(max(psnr))]
     values["ssim"] = sg.fitting.ssim(restored, clean).item()
@@ -359,32 +289,42 @@ def _provenance(start: Start) -> dict[str, Any]:
     }
 
 
-def _write(folder: Path, photograph, problem, untrained, search, run, curve, config, metrics) -> list[Path]:
+def _write(folder: Path, photograph, problem, untrained, found, run, curve, config, metrics) -> list[Path]:
     from sparse_gen.experiments.images import write_image
     from sparse_gen.experiments.report import Report, draw_report
 
-    write_image(folder / "restored.png", run.image, like=photograph)
-    search.mask.save(folder / "mask.safetensors")
+    pictures = {f"restored{photograph.suffix}": run.image}
+    if config.sigma is not None:
+        pictures[f"noisy{photograph.suffix}"] = problem.noisy
+    for name, pixels in pictures.items():
+        write_image(folder / name, pixels, like=photograph)
+    found.mask.save(folder / "mask.safetensors")
     config.save(folder / "config.yaml")
     write_json(folder / "metrics.json", metrics)
-    if config.sigma is None:
-        (folder / "noisy.png").unlink(missing_ok=True)  # of an earlier run, if any
-    else:
-        write_image(folder / "noisy.png", problem.noisy, like=photograph)
     report = Report(
         title=_title(photograph.path.name, config, metrics),
         noisy=problem.noisy,
         untrained=untrained,
         restored=run.image,
         clean=problem.clean,
-        search=search.history,
+        search=found.history,
         fit=run.history,
         psnr=curve,
         every=config.every,
-        mask=search.mask,
+        mask=found.mask,
+        stopped=_stopped(config, metrics),
     )
     draw_report(report, folder / "report.png")
-    return [folder / name for name in FILES if name != "noisy.png" or config.sigma is not None]
+    stale = [name for name in PICTURES if name not in pictures]
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)  # of an earlier run, if any
+    return [folder / name for name in FILES if name not in stale]
+
+
+def _stopped(config: DenoiseConfig, metrics: dict[str, Any]) -> tuple[str, int, float] | None:
+    if metrics["psnr_stopped"] is None:
+        return None
+    return config.stop.upper(), metrics["stop_selected_step"], metrics["psnr_stopped"]
 
 
 def _title(name: str, config: DenoiseConfig, metrics: dict[str, Any]) -> str:

@@ -120,7 +120,11 @@ def _read_bytes(path: Path) -> bytes:
         raise IsADirectoryError(f"{expected}, got the folder {path}, name a file in it")
     if not path.is_file():
         raise ValueError(f"{expected}, got {path}, which is a device or a pipe, save it as a file first")
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{expected}, got {path}, which cannot be read ({reason}), see to it first") from None
     if not data:
         raise ValueError(f"{expected}, got {path}, which is empty (0 bytes), fetch it again")
     return data
@@ -169,7 +173,7 @@ def _deep_png(values: np.ndarray, icc_profile: bytes | None) -> bytes:
 def _tiff(values: np.ndarray, icc_profile: bytes | None) -> bytes:
     import tifffile
 
-    height, width, channels = values.shape
+    channels = values.shape[2]
     buffer = io.BytesIO()
     # Without the library's own words in the file, equal images are equal files.
     tifffile.imwrite(

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from sparse_gen.analysis import ring_energies
 from sparse_gen.files import atomic_write
 from sparse_gen.fitting import psnr
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 _PANEL_INCHES = 3.3
 _BAR_INCHES = 0.17
 _DPI = 120
-_SEARCH, _FIT, _PEAK, _NOISY = "#7f7f7f", "#1f5fa8", "#d1601f", "#5a5a5a"
+_MOST_BANDS_NAMED = 8
+_SEARCH, _FIT, _PEAK, _STOPPED, _NOISY = "#7f7f7f", "#1f5fa8", "#d1601f", "#2c8a4b", "#5a5a5a"
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,11 @@ class Report:
         title: one line.
         noisy, untrained, restored: images (1, C, H, W) in [0, 1], C 1 or 3.
         clean: the same, or None where it is not known.
-        search, fit: histories with a column "loss".
+        search, fit: histories with a column "loss"; the fit's may have "ring_energy" and "ring_error".
         psnr: training steps and the PSNR after them, or None without `clean`.
         every: steps between two of these, said beside the oracle peak.
         mask: kept density by layer.
+        stopped: what the stopping rule selected, as the rule's name, training step and PSNR, or None.
     """
 
     title: str
@@ -51,6 +55,7 @@ class Report:
     psnr: tuple[Sequence[int], Sequence[float]] | None
     every: int
     mask: Mask
+    stopped: tuple[str, int, float] | None = None
 
 
 def draw_report(report: Report, path: str | os.PathLike[str]) -> None:
@@ -67,25 +72,32 @@ def draw_report(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def build_figure(report: Report) -> Figure:
-    """Images above; below them losses, the PSNR where it is known, and the density of layers."""
+    """Images above; below them losses, the PSNR where it is known, the density of layers, and frequency bands."""
     images = _images(report)
     bars = _bars(report.mask)
     height, width = report.noisy.shape[-2:]
     image_inches = _PANEL_INCHES * min(max(height / width, 0.2), 2.0) + 0.6
     curve_inches = max(3.2, _BAR_INCHES * len(bars) + 0.7)
+    bands = _bands(report)
+    band_inches = 3.2 if bands else 0
     # Not pyplot: it keeps every figure alive and may want a display.
     figure = Figure(
-        figsize=(_PANEL_INCHES * len(images), image_inches + curve_inches),
+        figsize=(_PANEL_INCHES * len(images), image_inches + curve_inches + band_inches),
         layout=ConstrainedLayoutEngine(h_pad=0.08),
     )
     FigureCanvasAgg(figure)
-    # Two parts, laid out each by itself: long layer names would push the images apart.
-    upper, lower = figure.subfigures(2, 1, height_ratios=[image_inches, curve_inches])
+    # Parts, laid out each by itself: long layer names would push the images apart.
+    heights = [image_inches, curve_inches, *([band_inches] if bands else [])]
+    upper, lower, *lowest = figure.subfigures(len(heights), 1, height_ratios=heights)
     # A character is about 0.58 of the font's size wide: the title stays one line inside the figure.
     fitting = 72 * figure.get_figwidth() / (0.58 * max(len(report.title), 1))
     upper.suptitle(report.title, fontsize=min(10, fitting), parse_math=False)
     for axes, (name, image) in zip(upper.subplots(1, len(images)), images, strict=True):
         _draw_image(axes, name, image, report.clean)
+
+    for part in lowest:
+        for axes, (title, energies) in zip(part.subplots(1, len(bands), squeeze=False)[0], bands, strict=True):
+            _draw_bands(axes, report.fit, title, energies)
 
     panels = lower.subplots(1, len(images))
     _draw_loss(panels[0], report.search, "loss of the mask search", "search step", _SEARCH)
@@ -121,13 +133,50 @@ def _draw_loss(axes, history: History, title: str, label: str, colour: str) -> N
     loss = history["loss"][:, 0]
     axes.plot(history.step, loss, color=colour, linewidth=1, marker=_marker(history))
     axes.set_title(f"{title}, {loss[-1]:.3g} at the end", fontsize=9)
-    # Over less than a few octaves a logarithmic axis has no round numbers to label.
-    if loss.min() > 0 and loss.max() > 5 * loss.min():
+    _scale_by_range(axes, loss)
+    _tidy(axes, label)
+
+
+def _bands(report: Report) -> list[tuple[str, torch.Tensor]]:
+    """Titles and (T, rings): the energy of the output by band over the noisy image's, of its error over the clean's."""
+    bands = []
+    if "ring_energy" in report.fit:
+        energy = report.fit["ring_energy"][:, 0]
+        bands.append(("energy of the output / of the noisy image, by frequency", energy / _rings(report.noisy, energy)))
+    if "ring_error" in report.fit and report.clean is not None:
+        error = report.fit["ring_error"][:, 0]
+        bands.append(("energy of the error / of the clean image, by frequency", error / _rings(report.clean, error)))
+    return bands
+
+
+def _rings(image: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return ring_energies(image.detach().cpu(), like.shape[1]).clamp_min(torch.finfo(like.dtype).tiny)
+
+
+def _draw_bands(axes, history: History, title: str, energies: torch.Tensor) -> None:
+    rings = energies.shape[1]
+    colours = colormaps["viridis"]([0.9 * ring / max(rings - 1, 1) for ring in range(rings)])
+    named = {round(i * (rings - 1) / (_MOST_BANDS_NAMED - 1)) for i in range(_MOST_BANDS_NAMED)}
+    for ring, colour in enumerate(colours):
+        # The last ring goes on to the corners of the spectrum.
+        upper = f" to {(ring + 1) / rings:.2g}" if ring < rings - 1 else " and above"
+        name = f"{ring / rings:.2g}{upper}" if rings <= _MOST_BANDS_NAMED or ring in named else None
+        axes.plot(history.step, energies[:, ring], color=colour, linewidth=1, marker=_marker(history), label=name)
+    axes.set_title(title, fontsize=9)
+    _scale_by_range(axes, energies)
+    _tidy(axes, "training step")
+    # Beside the curves, which may be anywhere.
+    axes.legend(title="of Nyquist", title_fontsize=7, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _scale_by_range(axes, values: torch.Tensor) -> None:
+    """A logarithmic axis, unless the values lie within a few octaves: it would have no round numbers to label."""
+    if values.min() > 0 and values.max() > 5 * values.min():
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        decades = (values.max() / values.min()).log10()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-    _tidy(axes, label)
 
 
 def _draw_psnr(axes, report: Report) -> None:
@@ -144,6 +193,9 @@ def _draw_psnr(axes, report: Report) -> None:
         markersize=5,
         label=f"oracle peak, every {report.every} steps: {curve[peak]:.2f} dB",
     )
+    if report.stopped is not None:
+        rule, at, value = report.stopped
+        axes.plot(at, value, "s", color=_STOPPED, markersize=5, label=f"selected by {rule}: {value:.2f} dB")
     if noisy < float("inf"):
         axes.axhline(noisy, color=_NOISY, linewidth=1, linestyle=":", label=f"noisy: {noisy:.2f} dB")
     axes.set_title("PSNR, dB", fontsize=9)

@@ -18,6 +18,8 @@ def initialise(module: nn.Module, seed: int) -> None:
     Raises:
         ValueError: the seed is no integer.
     """
+    if all(parameter.is_meta for parameter in module.parameters()):
+        return  # shapes without values, to count them
     total = sum(parameter.numel() for parameter in module.parameters())
     numbers = uniform(seed_tensor(seed), 0, Stream.INIT, total)[0]
     bound = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import prod
 from os import PathLike
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -38,18 +39,23 @@ def load(path: str | PathLike) -> Mask:
     header, tensors = read_tensors(path, kind="mask", version=VERSION)
     try:
         shapes, whole = _shapes(header["shapes"]), _shapes(header["whole"])
+        experiments, recipe = header["experiments"], header["recipe"]
+        if not (experiments is None or type(experiments) is int):
+            raise TypeError(f"{experiments!r} is no number of experiments")
+        if not isinstance(recipe, dict):
+            raise TypeError("the recipe is no mapping")
         masks = {name: _unpack(tensors[f"mask/{name}"], shape) for name, shape in shapes.items()}
         weights = {name: tensors[f"weight/{name}"] for name in [*shapes, *whole]} if header["weights"] else None
-        return Mask(masks, experiments=header["experiments"], whole=whole, weights=weights, recipe=header["recipe"])
+        return Mask(masks, experiments=experiments, whole=whole, weights=weights, recipe=recipe)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"{error} is missing" if isinstance(error, KeyError) else shorten(str(error), 300)
         raise ValueError(f"expected a sparse-gen mask file, got {path}, whose content does not fit: {reason}") from None
 
 
 def _shapes(listed: dict) -> dict[str, tuple[int, ...]]:
     shapes = {name: tuple(shape) for name, shape in listed.items()}
     for name, shape in shapes.items():
-        if not all(isinstance(length, int) and length >= 0 for length in shape):
+        if not all(type(length) is int and length >= 1 for length in shape):
             raise ValueError(f"{shape} is no shape of {name}")
     return shapes
 

@@ -32,7 +32,8 @@ class Mask:
         recipe: plain data that tells how network, input and noise are made: {"net": …, "z": …, "noise": …}.
 
     Raises:
-        ValueError: a tensor is not bool, a leading axis is not E, or weights do not match the kept entries.
+        ValueError: a tensor is not bool, a leading axis is not E, or weights are not finite or do not match the kept
+            entries.
 
     Density is the kept fraction over all parameters, whole ones included, so that it compares across methods.
     """
@@ -63,6 +64,8 @@ class Mask:
             if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.bool:
                 got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
                 raise ValueError(f"expected a bool tensor for {name}, got {got}")
+            if tensor.numel() == 0:
+                raise ValueError(f"expected at least one entry in {name}, got a mask of shape {tuple(tensor.shape)}")
             if self._experiments is not None and tensor.shape[:1] != (self._experiments,):
                 raise ValueError(
                     f"expected {name} with a leading axis of {self._experiments} experiments, got {tuple(tensor.shape)}"
@@ -71,6 +74,11 @@ class Mask:
             self._check_weights()
 
     def _check_weights(self) -> None:
+        for name, values in self.weights.items():
+            if not isinstance(values, torch.Tensor) or values.ndim != 1 or not values.is_floating_point():
+                raise ValueError(f"expected the stored weights of {name} as a vector of floats, got {_kind(values)}")
+            if not values.isfinite().all():
+                raise ValueError(f"expected finite stored weights, got NaN or infinity in {name}")
         expected = {name: int(tensor.sum()) for name, tensor in self.tensors.items()}
         expected |= {name: prod(shape) * self.experiments for name, shape in self.whole.items()}
         got = {name: values.numel() for name, values in self.weights.items()}
@@ -180,6 +188,10 @@ class Mask:
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
         return "\n".join([*lines, repr(self)])
+
+
+def _kind(value: object) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _listed(shapes: Mapping[str, tuple[int, ...]], most: int = 4) -> str:

@@ -1,0 +1,114 @@
+"""The two stages of a restoration, with the settings of a configuration: search a mask, train what it keeps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import sparse_gen as sg
+from sparse_gen.checkpoint import Checkpoints
+from sparse_gen.experiments.config import DenoiseConfig
+from sparse_gen.experiments.problem import Problem
+from sparse_gen.fitting import FitResult
+
+StageProgress = Callable[[str, int, int, dict[str, float]], None]
+
+
+def search(
+    problem: Problem,
+    config: DenoiseConfig,
+    *,
+    checkpoints: Checkpoints | None = None,
+    progress: StageProgress | None = None,
+) -> sg.SearchResult:
+    """Search the mask of a configuration.
+
+    Raises:
+        As `search_mask`.
+
+    Warns:
+        DisconnectedMaskWarning: with `config.force`; without it, the caller is to raise an error.
+    """
+    with warnings.catch_warnings():
+        if not config.force:  # it becomes an error, which says the same
+            warnings.simplefilter("ignore", sg.DisconnectedMaskWarning)
+        return sg.search_mask(
+            problem.net,
+            problem.z,
+            problem.noisy,
+            density=config.density,
+            steps=config.search_steps,
+            lr=config.search_lr,
+            kl_weight=config.kl_weight,
+            temperature=config.temperature,
+            prior=config.prior,
+            prunable=config.prunable,
+            seed=config.seed,
+            every=config.every,
+            recipe=_recipe(config),
+            checkpoints=checkpoints,
+            progress=_as_stage("search", progress),
+        )
+
+
+def train(
+    problem: Problem,
+    mask: sg.Mask | None,
+    config: DenoiseConfig,
+    *,
+    rule=None,
+    checkpoints: Checkpoints | None = None,
+    progress: StageProgress | None = None,
+) -> FitResult:
+    """Train what a mask keeps (None: everything) with the steps and options of a configuration."""
+    net, z = problem.net, problem.z
+    return sg.fit(
+        net if mask is None else sg.compile(net, mask=mask, example_input=z),
+        z,
+        problem.noisy,
+        steps=config.steps,
+        lr=config.lr,
+        clean=problem.clean,
+        stop=rule,
+        average=config.average,
+        input_jitter=config.input_jitter,
+        rings=config.rings,
+        seed=config.seed,
+        every=config.every,
+        checkpoints=checkpoints,
+        progress=_as_stage("fit", progress),
+    )
+
+
+def last_output(run: FitResult, z: torch.Tensor) -> torch.Tensor:
+    """The output after the last update, which a rule or an average need not have selected."""
+    with torch.no_grad():
+        return run.module(z.contiguous(memory_format=torch.channels_last))  # as in `fit`, for the same bits
+
+
+def psnr_curve(run: FitResult, last: torch.Tensor, clean: torch.Tensor, steps: int) -> tuple[list[int], list[float]]:
+    """Updates done and PSNR in dB: the history's rows, and the output after the last of at most `steps` updates."""
+    final = sg.fitting.psnr(last, clean).item()
+    return [*run.history.step, run.stopped_at or steps], [*run.history["psnr"][:, 0].tolist(), final]
+
+
+def _recipe(config: DenoiseConfig) -> dict[str, Any]:
+    """How to make z and the noise again; the network's recipe is added by the search."""
+    return {
+        "z": {
+            "channels": config.input_channels,
+            "scale": config.input_scale,
+            "seed": config.seed,
+        },
+        "noise": {"sigma": config.sigma, "clip": config.clip, "seed": config.seed},
+        "image_sha256": config.image_sha256,
+    }
+
+
+def _as_stage(stage: str, progress: StageProgress | None):
+    if progress is None:
+        return None
+    return lambda step, total, metrics: progress(stage, step, total, metrics)
