@@ -20,6 +20,7 @@ from PIL import Image
 import sparse_gen as sg
 from sparse_gen.checkpoint import Checkpoints
 from sparse_gen.cli import main
+from sparse_gen.experiments.environment import use_threads
 from sparse_gen.experiments.images import read_image
 from sparse_gen.experiments.plan import Plan
 from sparse_gen.experiments.shards import Shard, read_rows
@@ -134,7 +135,14 @@ def test_a_sweep_killed_twice_and_then_stopped_ends_as_an_unkilled_one(plan_file
     assert len(tables[0]) == 12 and {row["done"] for row in tables[0]} == {"2"}
 
 
-def test_what_is_measured_is_what_the_library_gives(plan_file, unkilled):
+@pytest.fixture
+def one_thread():
+    """The workers' thread count, on which bits depend."""
+    with use_threads(1):
+        yield
+
+
+def test_what_is_measured_is_what_the_library_gives(plan_file, unkilled, one_thread):
     rows = read_rows(unkilled / "results")
     for e in SweepFolder.open(unkilled).experiments():
         if (e.image, e.config.sigma, e.config.seed) != ("b", 0.2, 1):
