@@ -291,14 +291,14 @@ def test_the_colour_profile_is_kept(tmp_path):
         "16.png": png_file(random_values(3, "uint16"), 16, png_chunk(b"iCCP", compressed)),
         "8.jpg": saved(picture(3), tmp_path / "8.jpg", icc_profile=PROFILE).read_bytes(),
         "8.tif": saved(picture(3), tmp_path / "8.tif", icc_profile=PROFILE).read_bytes(),
-        "16.tif": tiff(random_values(3, "uint16"), iccprofile=PROFILE),
-        "float.tif": tiff(random_values(3, "float32"), iccprofile=PROFILE),
+        "16.tif": tiff(random_values(3, "uint16"), extratags=[(34675, 7, len(PROFILE), PROFILE, True)]),
+        "float.tif": tiff(random_values(3, "float32"), extratags=[(34675, 7, len(PROFILE), PROFILE, True)]),
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         _, out = written_back(tmp_path / name, tmp_path)
         with Image.open(out) if out.suffix == ".png" else tifffile.TiffFile(out) as written:
-            profile = written.info["icc_profile"] if out.suffix == ".png" else written.pages[0].iccprofile
+            profile = written.info["icc_profile"] if out.suffix == ".png" else bytes(written.pages[0].tags[34675].value)
         assert profile == PROFILE, name
 
 

@@ -48,7 +48,7 @@ print(status("VmHWM") - before)
     ("stage", "generator", "size"),
     [
         ("search", "Hourglass", (192, 192)),
-        ("search", "Hourglass", (320, 400)),
+        ("search", "Hourglass", (256, 288)),
         ("fit", "Hourglass", (192, 192)),
         ("fit", "Hourglass", (320, 400)),
         ("search", "DeepDecoder", (200, 256)),
@@ -56,7 +56,7 @@ print(status("VmHWM") - before)
     ],
 )
 def test_the_estimate_is_near_the_measured_peak(stage, generator, size):
-    """Within a factor of 1.6: allocators round, keep and return memory as they like (measured: 0.8 to 1.35)."""
+    """Within a factor of 1.6: allocators round, keep and return memory as they like (measured: 0.8 to 1.35 of it)."""
     command = [sys.executable, "-c", MEASURE, stage, generator, *map(str, size)]
     peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     estimate = getattr(estimate_memory(getattr(sg.generators, generator)(), size), stage)
@@ -119,13 +119,13 @@ def test_parameters_that_do_not_fit_are_refused_without_being_made(monkeypatch):
 def test_a_stopping_rules_window_counts(monkeypatch):
     config = DenoiseConfig(image="a.png", stop="wmv", stop_window=10**6, channels=(4, 4), depth=2)
     message = refusal(config, (1, 64, 64), 10**9, monkeypatch)
-    assert message.endswith("got one of about 16.4 GB for 64 × 64 pixels, lower stop_window, channels (widths), "
+    assert message.endswith("got one of about 16.7 GB for 64 × 64 pixels, lower stop_window, channels (widths), "
                             "input_channels (of z) or depth")  # fmt: skip
     check_memory(config.replace(stop="none"), (1, 64, 64), CPU)
 
 
 def test_a_fit_alone_takes_less(monkeypatch):
-    config, shape = DenoiseConfig(image="a.png"), (3, 256, 256)
+    config, shape = DenoiseConfig(image="a.png"), (3, 192, 192)
     needs = [float(re.search(r"about (\d+) MB", refusal(config, shape, 10**8, monkeypatch, search=s))[1])
              for s in (True, False)]  # fmt: skip
     assert needs[1] < needs[0]
@@ -144,6 +144,7 @@ def test_the_system_tells():
     assert 10**6 < available_memory(CPU) < 10**15
 
 
+@LINUX
 def test_an_image_too_small_for_the_depth_is_said_first():
     with pytest.raises(ValueError, match="depth: expected at most 2 for an image of 20 × 16 pixels, got 5"):
         check_memory(DenoiseConfig(image="a.png", depth=5), (3, 16, 20), CPU)

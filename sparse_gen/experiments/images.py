@@ -17,6 +17,8 @@ from PIL import Image
 from sparse_gen.experiments.decode import Shape, decode
 from sparse_gen.files import atomic_write
 
+_ICC_PROFILE = 34675  # its tag in a TIFF
+
 
 @dataclass(frozen=True)
 class Photograph:
@@ -182,7 +184,7 @@ def _tiff(values: np.ndarray, icc_profile: bytes | None) -> bytes:
         photometric="minisblack" if channels < 3 else "rgb",
         planarconfig=None if channels == 1 else "contig",
         extrasamples=["unassalpha"] if channels in (2, 4) else None,
-        iccprofile=icc_profile,
+        extratags=[] if icc_profile is None else [(_ICC_PROFILE, 7, len(icc_profile), icc_profile, True)],
         metadata=None,
         software=False,
     )
