@@ -32,13 +32,13 @@ def _triton_missing(stem: str) -> str | None:
     return None
 
 
-def register_operator(schema: str, *, reference: Callable, fake: Callable) -> None:
+def register_operator(schema: str, *, reference: Callable, fake: Callable, stem: str | None = None) -> None:
     """Define `sparse_gen::<schema>` with its reference on every device and its Triton kernel on CUDA.
 
-    Call it from `sparse_gen/ops/<stem>.py`; the Triton kernel is then `sparse_gen.kernels.<stem>.<name>`.
+    The Triton kernel is `sparse_gen.kernels.<stem>.<name>`; without a stem, that of the reference's file.
     """
     name = schema.split("(")[0]
-    stem = reference.__module__.rpartition(".")[2]
+    stem = stem or reference.__module__.rpartition(".")[2]
     _stems[name] = stem
     LIBRARY.define(schema)
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from sparse_gen.ops.dispatch import LIBRARY, register_operator
-
-PADDING_MODES = ("zeros", "reflect", "replicate")
-_TORCH_MODES = ("constant", "reflect", "replicate")
+from sparse_gen.ops.convolution import (
+    PADDING_MODES,
+    TORCH_MODES,
+    check_convolution,
+    register_sparse_convolution,
+)
 
 
 @dataclass(frozen=True)
@@ -91,28 +93,13 @@ def sparse_conv2d_reference(
     for e in range(len(x)):
         weight = x.new_zeros(out_channels, x.shape[1], kernel_h, kernel_w).flatten()
         weight = weight.scatter(0, index, values[e]).view(out_channels, x.shape[1], kernel_h, kernel_w)
-        padded = F.pad(x[e : e + 1], [padding] * 4, mode=_TORCH_MODES[mode]) if padding else x[e : e + 1]
+        padded = F.pad(x[e : e + 1], [padding] * 4, mode=TORCH_MODES[mode]) if padding else x[e : e + 1]
         outputs.append(F.conv2d(padded, weight, None if bias is None else bias[e], stride=stride))
     return torch.cat(outputs)
 
 
-def sparse_conv2d_backward_reference(grad_out, x, values, *rest):
-    *pattern, needs_grad_x, needs_grad_values = rest
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(), values.detach().requires_grad_()]
-        out = sparse_conv2d_reference(*leaves, None, *pattern)
-        grad_x, grad_values = torch.autograd.grad(out, leaves, grad_out)
-    return grad_x if needs_grad_x else x.new_empty(0), grad_values if needs_grad_values else x.new_empty(0)
-
-
 def _output_size(length: int, kernel: int, stride: int, padding: int) -> int:
     return (length + 2 * padding - kernel) // stride + 1
-
-
-_PATTERN = (
-    "Tensor taps, Tensor by_output, Tensor by_input, Tensor input_order,"
-    " int out_channels, int kernel_h, int kernel_w, int stride, int padding, int mode"
-)
 
 
 def _fake(x, values, bias, taps, by_output, by_input, order, out_channels, kernel_h, kernel_w, stride, padding, mode):
@@ -120,45 +107,11 @@ def _fake(x, values, bias, taps, by_output, by_input, order, out_channels, kerne
     return x.new_empty(len(x), out_channels, height, _output_size(x.shape[3], kernel_w, stride, padding))
 
 
-def _backward_fake(grad_out, x, values, *rest):
-    *_, needs_grad_x, needs_grad_values = rest
-    return (
-        torch.empty_like(x) if needs_grad_x else x.new_empty(0),
-        torch.empty_like(values) if needs_grad_values else x.new_empty(0),
-    )
-
-
-register_operator(
-    f"sparse_conv2d(Tensor x, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
+register_sparse_convolution(
+    "Tensor taps, Tensor by_output, Tensor by_input, Tensor input_order,"
+    " int out_channels, int kernel_h, int kernel_w, int stride, int padding, int mode",
     reference=sparse_conv2d_reference,
     fake=_fake,
-)
-register_operator(
-    f"sparse_conv2d_backward(Tensor grad_out, Tensor x, Tensor values, {_PATTERN},"
-    " bool needs_grad_x, bool needs_grad_values) -> (Tensor, Tensor)",
-    reference=sparse_conv2d_backward_reference,
-    fake=_backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    x, values, _, *ctx.pattern = inputs
-    ctx.save_for_backward(x, values)
-
-
-def _autograd_backward(ctx, grad_out):
-    x, values = ctx.saved_tensors
-    needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-    grad_x, grad_values = torch.ops.sparse_gen.sparse_conv2d_backward(
-        grad_out.contiguous(), x, values, *ctx.pattern, needs_x, needs_values
-    )
-    grad_bias = grad_out.sum(dim=(2, 3)) if needs_bias else None
-    nothing = [None] * len(ctx.pattern)
-    return grad_x if needs_x else None, grad_values if needs_values else None, grad_bias, *nothing
-
-
-torch.library.register_autograd(
-    "sparse_gen::sparse_conv2d", _autograd_backward, setup_context=_setup_context, lib=LIBRARY
 )
 
 
@@ -197,13 +150,8 @@ def sparse_conv2d(
 
 
 def _check(x, values, pattern, bias, padding, padding_mode) -> None:
-    out_channels, in_channels, kernel_h, kernel_w = pattern.shape
-    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64) or 0 in x.shape:
-        raise ValueError(f"expected x of shape (E, in, H, W), float32 or float64, got {tuple(x.shape)} of {x.dtype}")
-    if x.shape[1] != in_channels:
-        raise ValueError(f"expected x with the pattern's {in_channels} channels, got {x.shape[1]}")
-    if padding_mode not in PADDING_MODES:
-        raise ValueError(f"expected padding_mode out of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+    check_convolution(x, values, bias, pattern.shape, len(pattern.index), padding_mode)
+    _, _, kernel_h, kernel_w = pattern.shape
     if padding < 0:
         raise ValueError(f"expected a padding from 0 on, got {padding}")
     if padding_mode == "reflect" and padding >= min(x.shape[2:]):
@@ -213,13 +161,3 @@ def _check(x, values, pattern, bias, padding, padding_mode) -> None:
             f"expected a padded image of at least the kernel's {kernel_h}×{kernel_w}, got "
             f"{x.shape[2] + 2 * padding}×{x.shape[3] + 2 * padding}"
         )
-    expected = {"values": (len(x), len(pattern.index)), "bias": (len(x), out_channels)}
-    for name, tensor in {"values": values, "bias": bias}.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"expected {name} of shape {expected[name]}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ValueError(
-                f"expected {name} of {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}"
-            )

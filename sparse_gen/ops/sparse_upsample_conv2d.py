@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from sparse_gen.ops.dispatch import LIBRARY, register_operator
-from sparse_gen.ops.sparse_conv2d import PADDING_MODES, SparsePattern, sparse_conv2d_reference
+from sparse_gen.ops.convolution import PADDING_MODES, check_convolution, register_sparse_convolution
+from sparse_gen.ops.sparse_conv2d import SparsePattern, sparse_conv2d_reference
 
 
 @dataclass(frozen=True)
@@ -55,64 +55,15 @@ def sparse_upsample_conv2d_reference(
     )
 
 
-def sparse_upsample_conv2d_backward_reference(grad_out, x, values, *rest):
-    *pattern, needs_grad_x, needs_grad_values = rest
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(), values.detach().requires_grad_()]
-        out = sparse_upsample_conv2d_reference(*leaves, None, *pattern)
-        grad_x, grad_values = torch.autograd.grad(out, leaves, grad_out)
-    return grad_x if needs_grad_x else x.new_empty(0), grad_values if needs_grad_values else x.new_empty(0)
-
-
-_PATTERN = (
-    "Tensor taps, Tensor by_tap, Tensor tap_order, Tensor by_input, Tensor input_order,"
-    " int out_channels, int kernel_h, int kernel_w, int padding, int mode"
-)
-
-
 def _fake(x, values, bias, taps, by_tap, tap_order, by_input, order, out_channels, kernel_h, kernel_w, padding, mode):
     return x.new_empty(len(x), out_channels, 2 * x.shape[2], 2 * x.shape[3])
 
 
-def _backward_fake(grad_out, x, values, *rest):
-    *_, needs_grad_x, needs_grad_values = rest
-    return (
-        torch.empty_like(x) if needs_grad_x else x.new_empty(0),
-        torch.empty_like(values) if needs_grad_values else x.new_empty(0),
-    )
-
-
-register_operator(
-    f"sparse_upsample_conv2d(Tensor x, Tensor values, Tensor? bias, {_PATTERN}) -> Tensor",
+register_sparse_convolution(
+    "Tensor taps, Tensor by_tap, Tensor tap_order, Tensor by_input, Tensor input_order,"
+    " int out_channels, int kernel_h, int kernel_w, int padding, int mode",
     reference=sparse_upsample_conv2d_reference,
     fake=_fake,
-)
-register_operator(
-    f"sparse_upsample_conv2d_backward(Tensor grad_out, Tensor x, Tensor values, {_PATTERN},"
-    " bool needs_grad_x, bool needs_grad_values) -> (Tensor, Tensor)",
-    reference=sparse_upsample_conv2d_backward_reference,
-    fake=_backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    x, values, _, *ctx.pattern = inputs
-    ctx.save_for_backward(x, values)
-
-
-def _autograd_backward(ctx, grad_out):
-    x, values = ctx.saved_tensors
-    needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-    grad_x, grad_values = torch.ops.sparse_gen.sparse_upsample_conv2d_backward(
-        grad_out.contiguous(), x, values, *ctx.pattern, needs_x, needs_values
-    )
-    grad_bias = grad_out.sum(dim=(2, 3)) if needs_bias else None
-    nothing = [None] * len(ctx.pattern)
-    return grad_x if needs_x else None, grad_values if needs_values else None, grad_bias, *nothing
-
-
-torch.library.register_autograd(
-    "sparse_gen::sparse_upsample_conv2d", _autograd_backward, setup_context=_setup_context, lib=LIBRARY
 )
 
 
@@ -152,13 +103,8 @@ def sparse_upsample_conv2d(
 
 
 def _check(x, values, pattern: SparsePattern, bias, padding, padding_mode) -> None:
-    out_channels, in_channels, kernel_h, kernel_w = pattern.shape
-    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64) or 0 in x.shape:
-        raise ValueError(f"expected x of shape (E, in, h, w), float32 or float64, got {tuple(x.shape)} of {x.dtype}")
-    if x.shape[1] != in_channels:
-        raise ValueError(f"expected x with the pattern's {in_channels} channels, got {x.shape[1]}")
-    if padding_mode not in PADDING_MODES:
-        raise ValueError(f"expected padding_mode out of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+    check_convolution(x, values, bias, pattern.shape, len(pattern.index), padding_mode)
+    _, _, kernel_h, kernel_w = pattern.shape
     if kernel_h != kernel_w or kernel_h % 2 == 0 or kernel_h > 11 or padding != kernel_h // 2:
         raise ValueError(
             "expected a square odd kernel up to 11 and half its size as padding, got "
@@ -168,11 +114,3 @@ def _check(x, values, pattern: SparsePattern, bias, padding, padding_mode) -> No
         raise ValueError(
             f"expected more than {padding} up-sampled pixels a side to reflect, got {2 * min(x.shape[2:])}"
         )
-    expected = {"values": (len(x), len(pattern.index)), "bias": (len(x), out_channels)}
-    for name, tensor in {"values": values, "bias": bias}.items():
-        if tensor is not None and tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"expected {name} of shape {expected[name]}, got {tuple(tensor.shape)}")
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-            raise ValueError(
-                f"expected {name} of {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}"
-            )

@@ -1,0 +1,86 @@
+"""What the sparse convolutions have in common: registration with the backward pass, and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sparse_gen.ops.dispatch import LIBRARY, register_operator
+
+PADDING_MODES = ("zeros", "reflect", "replicate")
+TORCH_MODES = ("constant", "reflect", "replicate")
+
+
+def register_sparse_convolution(pattern: str, *, reference: Callable, fake: Callable) -> None:
+    """Define the operator of a reference, its backward operator, and its autograd.
+
+    The operator is <stem>(x, values, bias, <pattern>) -> out; <stem>_backward takes the output's gradient in front
+    and, at the end, which of the two gradients it gives are needed. The bias's gradient is a sum.
+
+    Args:
+        pattern: the schema of the arguments that say which weights these are.
+        reference: takes (x, values, bias, *pattern); its module's name is the stem.
+        fake: the same for shapes only.
+    """
+    stem = reference.__module__.rpartition(".")[2]
+
+    def backward_reference(grad_out, x, values, *rest):
+        *given, needs_grad_x, needs_grad_values = rest
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_(), values.detach().requires_grad_()]
+            grad_x, grad_values = torch.autograd.grad(reference(*leaves, None, *given), leaves, grad_out)
+        return grad_x if needs_grad_x else x.new_empty(0), grad_values if needs_grad_values else x.new_empty(0)
+
+    def backward_fake(grad_out, x, values, *rest):
+        *_, needs_grad_x, needs_grad_values = rest
+        grad_x = torch.empty_like(x) if needs_grad_x else x.new_empty(0)
+        return grad_x, torch.empty_like(values) if needs_grad_values else x.new_empty(0)
+
+    register_operator(
+        f"{stem}(Tensor x, Tensor values, Tensor? bias, {pattern}) -> Tensor", reference=reference, fake=fake, stem=stem
+    )
+    register_operator(
+        f"{stem}_backward(Tensor grad_out, Tensor x, Tensor values, {pattern},"
+        " bool needs_grad_x, bool needs_grad_values) -> (Tensor, Tensor)",
+        reference=backward_reference,
+        fake=backward_fake,
+        stem=stem,
+    )
+
+    def setup_context(ctx, inputs, output):
+        x, values, _, *ctx.pattern = inputs
+        ctx.save_for_backward(x, values)
+
+    def backward(ctx, grad_out):
+        x, values = ctx.saved_tensors
+        needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+        grad_x, grad_values = getattr(torch.ops.sparse_gen, f"{stem}_backward")(
+            grad_out.contiguous(), x, values, *ctx.pattern, needs_x, needs_values
+        )
+        grad_bias = grad_out.sum(dim=(2, 3)) if needs_bias else None
+        nothing = [None] * len(ctx.pattern)
+        return grad_x if needs_x else None, grad_values if needs_values else None, grad_bias, *nothing
+
+    torch.library.register_autograd(f"sparse_gen::{stem}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def check_convolution(x, values, bias, shape: tuple[int, int, int, int], kept: int, padding_mode: str) -> None:
+    """Raise ValueError unless x, values and bias fit a pattern of this weight's shape and number of kept weights."""
+    out_channels, in_channels, _, _ = shape
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64) or 0 in x.shape:
+        raise ValueError(f"expected x of shape (E, in, H, W), float32 or float64, got {tuple(x.shape)} of {x.dtype}")
+    if x.shape[1] != in_channels:
+        raise ValueError(f"expected x with the pattern's {in_channels} channels, got {x.shape[1]}")
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"expected padding_mode out of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+    expected = {"values": (len(x), kept), "bias": (len(x), out_channels)}
+    for name, tensor in {"values": values, "bias": bias}.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"expected {name} of shape {expected[name]}, got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"expected {name} of {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}"
+            )
