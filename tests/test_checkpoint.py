@@ -10,6 +10,7 @@ from problems import SIZE, problem, random_mask, small_net
 
 import sparse_gen as sg
 from sparse_gen.checkpoint import KEPT, RunInterrupted
+from sparse_gen.ops.extension import status
 
 STEPS = 12
 
@@ -166,6 +167,18 @@ def test_other_threads_are_refused(tmp_path):
             fit(tmp_path, resume=True)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_another_plan_is_refused(tmp_path):
+    z, y, _ = problem()
+    net = small_net()
+    mask = random_mask(net)
+    arguments = {"steps": 2, "checkpoints": sg.Checkpoints(tmp_path, seconds=0, resume=True)}
+    sg.fit(sg.compile(net, mask, z, engine="reference"), z, y, **arguments)
+    sg.fit(sg.compile(net, mask, z, engine="reference"), z, y, **arguments)
+    if status().available:
+        with pytest.raises(ValueError, match="which has plan = "):
+            sg.fit(sg.compile(net, mask, z), z, y, **arguments)
 
 
 def test_another_image_is_refused(tmp_path):
