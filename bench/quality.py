@@ -24,8 +24,7 @@ from skimage import data, transform
 import sparse_gen as sg
 from sparse_gen.files import atomic_write
 from sparse_gen.fitting.stop import WMV
-from sparse_gen.masks.selection import kept_count, prunable_layout, top_k
-from sparse_gen.ops.philox import Stream, seed_tensor, uniform
+from sparse_gen.masks.random import random_mask
 
 RESULTS = Path(__file__).parent / "results" / "quality-cpu.json"
 PICTURE = RESULTS.with_suffix(".png")
@@ -64,17 +63,6 @@ class Watched:
         return self.rule.image
 
 
-def random_mask(net: torch.nn.Module, seed: int) -> sg.Mask:
-    """Keep weights of the convolutions at random, as many in all as OES keeps."""
-    layout = prunable_layout(net, "conv_weights")
-    total = sum(parameter.numel() for parameter in net.parameters())
-    count = kept_count(DENSITY, total, total - layout.numel)
-    seeds = seed_tensor(seed)
-    scores = uniform(seeds, 0, Stream.MASK, layout.numel)
-    whole = {n: tuple(p.shape) for n, p in net.named_parameters() if n not in layout.shapes}
-    return sg.Mask(layout.views(top_k(scores, count, seeds)[0]), whole=whole)
-
-
 def run(name: str, method: str, seed: int) -> dict:
     torch.set_num_threads(1)
     clean = photograph(name)
@@ -86,7 +74,7 @@ def run(name: str, method: str, seed: int) -> dict:
     if method == "oes":
         mask = sg.search_mask(net, z, y, density=DENSITY, steps=SEARCH_STEPS, seed=seed).mask
     elif method == "random":
-        mask = random_mask(net, seed)
+        mask = random_mask(net, DENSITY, seed=seed)
         steps = SEARCH_STEPS + STEPS
     else:
         mask, steps, lr = None, SEARCH_STEPS + STEPS, 1e-3

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 from torch.nn import functional as F
 
+from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES
 from sparse_gen.ops.norm_act import norm_act
 from sparse_gen.ops.sparse_conv2d import sparse_conv2d
 from sparse_gen.ops.sparse_upsample_conv2d import sparse_upsample_conv2d
@@ -23,7 +24,7 @@ from sparse_gen.ops.sparse_upsample_conv2d import sparse_upsample_conv2d
 aten = torch.ops.aten
 _LEAKY_RELU = (aten.leaky_relu.default, aten.leaky_relu_.default)
 _RELU = (aten.relu.default, aten.relu_.default)
-_MODES = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate"}
+_MODES = dict(zip(TORCH_MODES, PADDING_MODES, strict=True))
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class PooledConvolution(nn.Module):
             known, version, means = self._known
             if known() is x and x._version == version and not x.requires_grad:
                 return means
-        mode = {name: torch_name for torch_name, name in _MODES.items()}[self.padding_mode]
+        mode = TORCH_MODES[PADDING_MODES.index(self.padding_mode)]
         padded = F.pad(x, [self.padding] * 4, mode=mode) if self.padding else x
         rows = padded[..., 1:, :] + padded[..., :-1, :]
         means = 0.25 * (rows[..., 1:] + rows[..., :-1])

@@ -110,7 +110,9 @@ def fit(
     Bayesian perspective on the deep image prior" (CVPR 2019) for the Langevin noise.
     """
     _check(module, z, y, clean, steps, every, lr, average, input_jitter, tv_weight, langevin, rings)
-    z = z.contiguous(memory_format=torch.channels_last)  # oneDNN and cuDNN then convolve without reordering
+    compiled = isinstance(module, CompiledGenerator)
+    # oneDNN and cuDNN convolve without reordering where the channels come last.
+    z = z.contiguous(memory_format=module.memory_format if compiled else torch.channels_last)
     seeds = seed_tensor(seed, z.device)
     optimiser = Optimiser(module, lr, langevin, seeds)
     history, mean_output, stopped_at = History(), None, None
@@ -125,7 +127,7 @@ def fit(
         if stop is not None and not hasattr(stop, "state"):
             raise ValueError(f"expected a rule of sparse_gen.stop beside checkpoints, got {type(stop).__name__}")
         # Another plan adds up in another order.
-        settings["plan"] = [s.kernel for s in module.plan.stages] if isinstance(module, CompiledGenerator) else None
+        settings["plan"] = [s.kernel for s in module.plan.stages] if compiled else None
         inputs = [z, y, *module.parameters(), *([] if clean is None else [clean])]
         settings["inputs"] = fingerprint(*inputs)
         restored = checkpoints.load("fit", settings)

@@ -167,7 +167,8 @@ def search_mask(
 
     z = z.contiguous(memory_format=torch.channels_last)  # oneDNN and cuDNN then convolve without reordering
     seeds = seed_tensor(seed, z.device)
-    counts = {"z": len(z), "y": len(y), "seed": len(seeds), "net": len(initial_weights(net, whole))}
+    kept_whole = initial_weights(net, whole).to(z.dtype)
+    counts = {"z": len(z), "y": len(y), "seed": len(seeds), "net": len(kept_whole)}
     experiments = max(counts.values())
     for name, number in counts.items():
         if number not in (1, experiments):
@@ -175,7 +176,7 @@ def search_mask(
     seeds = seeds.expand(experiments).contiguous()
 
     weight = initial_weights(net, layout).to(z.dtype)
-    kept_whole = whole.views(initial_weights(net, whole).to(z.dtype))
+    kept_whole = whole.views(kept_whole)
     logits = torch.full((experiments, layout.numel), float(initial_logit), dtype=z.dtype, device=z.device)
     exp_avg, exp_avg_sq = torch.zeros_like(logits), torch.zeros_like(logits)
     weight = weight[0] if len(weight) == 1 else weight
