@@ -11,9 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_gen.engine.checks import check_input
 from sparse_gen.engine.functional import run_experiments, training_copy
+from sparse_gen.engine.graph import Conv
 from sparse_gen.engine.layout import ParameterLayout
+from sparse_gen.engine.layouts import candidates, make_step
+from sparse_gen.engine.lower import lower
 from sparse_gen.engine.plan import Plan, plan_stages
-from sparse_gen.engine.sparse_run import DENSEST, SparseRun
+from sparse_gen.engine.program import Program
+from sparse_gen.engine.run import NetworkRun
 from sparse_gen.engine.stack import Stack, initial_weights, template
 from sparse_gen.ops.extension import status
 
@@ -30,7 +34,7 @@ class CompiledGenerator(nn.Module):
 
     def __init__(self, original, network, layout: ParameterLayout, index, values, z, sparse_run, plan: Plan):
         super().__init__()
-        self._sparse_run: SparseRun | None = sparse_run
+        self._sparse_run: NetworkRun | None = sparse_run
         # In a tuple, so that their parameters are not registered as this module's.
         self._modules_outside = (original, network)
         self._layout = layout
@@ -154,31 +158,41 @@ def compile(
     index = keep.nonzero()[:, 1].view(len(keep), -1)
     values = initial.expand(experiments, -1).gather(1, index.expand(experiments, -1))
     kept = {name: int(piece[0].sum()) for name, piece in layout.views(keep).items()}
-    sparse_run, summary = _sparse_run(engine, reference, layout, keep, example_input)
-    kernels, reasons = ({}, {}) if sparse_run is None else (sparse_run.kernels, sparse_run.reasons)
+    run, kernels, reasons, summary = _network_run(engine, reference, layout, keep, example_input)
     plan = plan_stages(reference, kept, example_input, kernels, reasons, summary)
-    return CompiledGenerator(network, reference, layout, index, values, example_input, sparse_run, plan)
+    return CompiledGenerator(network, reference, layout, index, values, example_input, run, plan)
 
 
-def _sparse_run(engine, network, layout, keep, example_input) -> tuple[SparseRun | None, str]:
-    """The sparse form of a network, or None, and what is to be said of it."""
+def _network_run(engine, network, layout, keep, example_input):
+    """The network on our operators, or None; what computes each convolution; and what is to be said of it all."""
     if engine not in ("auto", "reference"):
         raise ValueError(f"expected engine='auto' or 'reference', got {engine!r}")
-    density = keep.double().mean().item()
     if engine == "reference":
         reason = "as asked"
     elif example_input.device.type != "cpu":
         reason = "the sparse operators have no GPU kernels yet"
     elif not status().available:
         reason = f"there is no compiled library: {status().reason}"
-    elif density > DENSEST:
-        reason = f"{density:.0%} of the weights are kept"
     else:
         try:
-            return SparseRun(network, layout, keep, example_input), "kept weights only where an operator is named"
+            graph = lower(network, example_input[:1])
         except Exception as error:  # whatever torch.export cannot capture; it then runs as it did
             reason = f"it cannot be captured ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-    return None, f"every stage runs as plain PyTorch on masked weights: {reason}"
+        else:
+            return _programs(graph, layout, keep, example_input.shape[1:])
+    return None, {}, {}, f"every stage runs as plain PyTorch on masked weights: {reason}"
+
+
+def _programs(graph, layout, keep, size):
+    kernels, reasons = {}, dict(graph.reasons)
+
+    def make_conv(conv: Conv, mask):
+        name = candidates(conv, mask)[0]
+        kernels.setdefault(conv.weight, f"{name}, pool folded" if conv.pool else name)
+        return make_step(name, conv, mask)
+
+    programs = [Program(graph, layout, row, make_conv) for row in keep]
+    return NetworkRun(programs, size), kernels, reasons, "kept weights only where an operator is named"
 
 
 def _choose_weights(mask, network, layout, initial, keep, weights):

@@ -1,4 +1,4 @@
-"""From a module to a graph of ATen calls in which what we have operators for is fused.
+"""From a module to a graph of stages.
 
 Any module goes: it is captured with torch.export and matched by what it computes, not by its classes. What matches no
 pattern stays the ATen call that it is.
@@ -6,250 +6,285 @@ pattern stays the ATen call that it is.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
-from torch.nn import functional as F
 
+from sparse_gen.engine.calls import channelwise
+from sparse_gen.engine.graph import Call, Concat, Conv, Graph, Node, Norm, Parameter, Select, Value, is_map
 from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES
-from sparse_gen.ops.norm_act import norm_act
-from sparse_gen.ops.sparse_conv2d import sparse_conv2d
-from sparse_gen.ops.sparse_upsample_conv2d import sparse_upsample_conv2d
 
 aten = torch.ops.aten
 _LEAKY_RELU = (aten.leaky_relu.default, aten.leaky_relu_.default)
 _RELU = (aten.relu.default, aten.relu_.default)
 _MODES = dict(zip(TORCH_MODES, PADDING_MODES, strict=True))
+_SPLITS = (aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
+_LARGEST_KERNEL = 11
+_NO_MAP = "expected feature maps of one experiment all the way, got {} in between"
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution that we have an operator for: its input, with the padding in front of it folded in.
-
-    Attributes:
-        node, weight: the call, and its weight's name.
-        input, stride, padding, padding_mode: what it convolves and how.
-        upsampled: the input is up-sampled ×2 (nearest), and `sparse_upsample_conv2d` takes it before that.
-        pool: the 2×2 average pool behind it, if its other half can be folded in.
-    """
-
-    node: fx.Node
-    weight: str
-    input: fx.Node
-    stride: int
-    padding: int
-    padding_mode: str
-    upsampled: bool
-    pool: fx.Node | None
-
-    @property
-    def pattern_stride(self) -> int:
-        """The stride that the sparse operator runs with."""
-        return 2 if self.pool is not None else self.stride
+class CannotLower(ValueError):
+    """The captured graph has something that is no chain of feature maps."""
 
 
-@dataclass
-class Lowered:
-    """A network as a graph whose placeholders are parameters, patterns, constants and z.
+def lower(network: nn.Module, z: torch.Tensor) -> Graph:
+    """Capture a network (from `training_copy`) on an example input of one experiment and match its stages.
 
-    Attributes:
-        graph: `graph(*inputs)` runs it; `inputs` come in the order of `slots`.
-        slots: what each placeholder stands for: ("parameter", name), ("pattern", weight's name), ("constant", tensor)
-            or ("z", None).
-        reasons: convolutions that cannot be fused, with why.
-    """
-
-    graph: fx.GraphModule
-    slots: list[tuple[str, Any]]
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def __call__(self, parameters: dict[str, torch.Tensor], patterns: dict[str, Any], z: torch.Tensor) -> torch.Tensor:
-        """Run one experiment; a weight with a pattern is given as its kept values, 1-D."""
-        inputs = {"parameter": parameters.__getitem__, "pattern": patterns.__getitem__, "constant": lambda t: t}
-        return self.graph(*[z if kind == "z" else inputs[kind](what) for kind, what in self.slots])[0]
-
-
-def capture(network: nn.Module, z: torch.Tensor) -> Lowered:
-    """Capture a network (from `training_copy`) on an example input of one experiment.
+    Args:
+        network: called with z alone, gives one feature map.
+        z: (1, C, H, W); the graph holds for this size.
 
     Raises:
+        CannotLower: the output is no feature map.
         Whatever torch.export raises for a module that it cannot capture.
     """
     exported = torch.export.export(network, (z,))
-    slots: list[tuple[str, Any]] = []
-    for spec in exported.graph_signature.input_specs:
+    known: dict[fx.Node, Any] = {}  # parameters and what depends on neither z nor them
+    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    source = None
+    for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         if spec.kind is InputKind.PARAMETER:
-            slots.append(("parameter", spec.target))
+            known[node] = Parameter(spec.target)
         elif spec.kind is InputKind.USER_INPUT:
-            slots.append(("z", None))
+            source = node
         elif spec.kind is InputKind.BUFFER:
-            slots.append(("constant", network.get_buffer(spec.target)))
+            known[node] = network.get_buffer(spec.target)
         else:
-            slots.append(("constant", exported.constants[spec.target]))
-    return Lowered(exported.graph_module, slots)
+            known[node] = exported.constants[spec.target]
+    (output,) = next(node for node in exported.graph.nodes if node.op == "output").args[0]
+    builder = _Builder(source, known, tuple(z.shape[1:]))
+    for node in exported.graph.nodes:
+        if node.op == "call_function":
+            builder.add(node)
+    if output not in builder.values:
+        raise CannotLower("expected a network whose output is a feature map computed from z")
+    return _prune(Graph(tuple(builder.nodes), tuple(z.shape[1:]), builder.reasons), builder.values[output])
 
 
-def convolutions(lowered: Lowered) -> dict[str, Convolution]:
-    """The convolutions that `sparse_conv2d` can take over, by their weight's name; the others' reasons are noted."""
-    names = _names_of(lowered)
-    found = {}
-    for node in lowered.graph.graph.nodes:
-        if node.target is not aten.conv2d.default:
-            continue
-        x, weight, _, stride, padding, dilation, groups = _arguments(node, (None, None, None, 1, 0, 1, 1))
-        name = names.get(weight)
-        if name is None:
-            continue
+class _Builder:
+    """Adds one node after the other; what a later node folds in is left behind unread."""
+
+    def __init__(self, source: fx.Node, known: dict[fx.Node, Any], input_shape: tuple[int, int, int]):
+        self.nodes: list[Node] = []
+        self.values: dict[fx.Node, int] = {source: 0}
+        self.reasons: dict[str, str] = {}
+        self._known = known
+        self._shapes = [input_shape]
+
+    def add(self, node: fx.Node) -> None:
+        inputs = _nodes_in((node.args, node.kwargs))
+        if all(i in self._known and not isinstance(self._known[i], Parameter) for i in inputs):
+            # What index arithmetic captures, such as the indices of a reflection.
+            self._known[node] = node.target(*fx.node.map_arg(node.args, self._known.__getitem__), **node.kwargs)
+            return
+        handler = {
+            aten.conv2d.default: self._conv,
+            aten.avg_pool2d.default: self._pool,
+            aten.batch_norm.default: self._norm,
+            aten.cat.default: self._concat,
+            aten.slice.Tensor: self._slice,
+        }.get(node.target)
+        if node.target in _LEAKY_RELU or node.target in _RELU:
+            handler = self._activation
+        if node.target is not getattr and str(node.target).endswith("getitem"):
+            handler = self._piece
+        if node.target in _SPLITS and _axis(node, 2) == 1:
+            return  # its pieces are selections
+        if handler is None or not handler(node):
+            self._call(node)
+
+    def _append(self, node: fx.Node, op, inputs: tuple[int, ...], shape=None) -> bool:
+        shape = tuple(node.meta["val"].shape[1:]) if shape is None else shape
+        name = op.weight.removesuffix(".weight") if isinstance(op, Conv) else node.name
+        self.nodes.append(Node(name, op, inputs, shape))
+        self._shapes.append(shape)
+        self.values[node] = len(self.nodes)
+        return True
+
+    def _made(self, node: fx.Node) -> Node | None:
+        """The node that computes this value, if it is the value's only reader that asks."""
+        value = self.values.get(node, 0)
+        return self.nodes[value - 1] if value and len(node.users) == 1 else None
+
+    def _parameter(self, node: fx.Node | None) -> str | None:
+        known = self._known.get(node)
+        return known.name if isinstance(known, Parameter) else None
+
+    def _conv(self, node: fx.Node) -> bool:
+        x, weight, bias, stride, padding, dilation, groups = _arguments(node, (None, None, None, 1, 0, 1, 1))
+        name = self._parameter(weight)
+        if name is None or (bias is not None and self._parameter(bias) is None):
+            return False
+        shape = tuple(weight.meta["val"].shape)
         stride, padding, dilation = (_both(value) for value in (stride, padding, dilation))
         mode = "zeros"
         if padding == 0 and x.target is aten.pad.default and _is_plain_padding(x):
             x, (padding, *_), mode = x.args[0], x.args[1], _MODES[_arguments(x, (None, None, "constant", None))[2]]
         if groups != 1 or dilation != 1 or stride not in (1, 2) or padding is None:
-            lowered.reasons[name] = f"groups {groups}, dilation {dilation}, stride {stride}, padding {padding}"
-            continue
-        upsampled = _is_upsampled(x, weight.meta["val"].shape[2:], stride, padding)
-        pool = None if upsampled else _foldable_pool(node, stride)
-        found[name] = Convolution(node, name, x, stride, padding, mode, upsampled, pool)
-    return found
+            self.reasons[name] = f"groups {groups}, dilation {dilation}, stride {stride}, padding {padding}"
+            return False
+        if x not in self.values:
+            return False
+        upsample, value = None, self.values[x]
+        if _keeps_size(shape, stride, padding):
+            upsample, value = self._before_upsampling(value)
+        conv = Conv(name, self._parameter(bias), shape, stride, padding, mode, upsample)
+        return self._append(node, conv, (value,))
 
+    def _before_upsampling(self, value: int) -> tuple[str | None, int]:
+        """The kind of ×2 up-sampling that gave a value and the value in front of it; (None, value) if none did."""
+        call = self.nodes[value - 1].op if value else None
+        kind = _upsampling(call) if isinstance(call, Call) else None
+        return (None, value) if kind is None else (kind, self.nodes[value - 1].inputs[0])
 
-def _foldable_pool(node: fx.Node, stride: int) -> fx.Node | None:
-    user = next(iter(node.users))
-    if len(node.users) != 1 or stride != 1 or user.target is not aten.avg_pool2d.default:
-        return None
-    _, size, step, *rest = _arguments(user, (None, None, (), 0, False, True, None))
-    step = step or size  # an empty stride means the window's size
-    # With ceil_mode the last window is cut off, and its mean is not that of four.
-    return user if _both(size) == _both(step) == 2 and rest == [0, False, True, None] else None
+    def _pool(self, node: fx.Node) -> bool:
+        x = node.args[0]
+        made = self._made(x)
+        if made is None or not isinstance(made.op, Conv) or made.op.stride != 1 or made.op.upsample is not None:
+            return False
+        _, size, step, *rest = _arguments(node, (None, None, (), 0, False, True, None))
+        step = step or size  # an empty stride means the window's size
+        # With ceil_mode the last window is cut off, and its mean is not that of four.
+        if _both(size) != 2 or _both(step) != 2 or [_both(rest[0]), *rest[1:]] != [0, False, True, None]:
+            return False
+        return self._append(node, replace(made.op, pool=True), made.inputs)
 
+    def _norm(self, node: fx.Node) -> bool:
+        x, gamma, beta, running_mean, _, training, _, eps = _arguments(node, (None,) * 7 + (1e-5,))[:8]
+        names = self._parameter(gamma), self._parameter(beta)
+        if not training or running_mean is not None or None in names or x not in self.values:
+            return False
+        norm = Norm(*names, eps, 1.0)
+        kind, small = self._before_upsampling(self.values[x])
+        if kind == "nearest" and len(x.users) == 1:
+            # Normalising commutes with repeating every pixel: a quarter of the work, and the same statistics.
+            upsampling = self.nodes[self.values[x] - 1].op
+            self._append(node, norm, (small,), self._shapes[small])
+            return self._upsample_again(node, upsampling)
+        return self._append(node, norm, (self.values[x],))
 
-def _is_upsampled(x: fx.Node, kernel: tuple[int, int], stride: int, padding: int) -> bool:
-    """Whether the input is up-sampled ×2 for this convolution alone, which keeps its size."""
-    if x.target is not aten.upsample_nearest2d.vec or list(x.args[-1] or ()) != [2.0, 2.0] or len(x.users) != 1:
+    def _upsample_again(self, node: fx.Node, call: Call) -> bool:
+        """Put an up-sampling behind what was last added for a node."""
+        value = self.values[node]
+        arguments = (Value(value), *call.arguments[1:])
+        return self._append(node, replace(call, arguments=arguments), (value,))
+
+    def _activation(self, node: fx.Node) -> bool:
+        slope = 0.0 if node.target in _RELU else _arguments(node, (None, 0.01))[1]
+        made = self._made(node.args[0])
+        if made is None or not 0 <= slope <= 1:
+            return False
+        if isinstance(made.op, Norm) and made.op.slope == 1.0:
+            return self._append(node, replace(made.op, slope=slope), made.inputs)
+        before = self.nodes[made.inputs[0] - 1] if made.inputs and made.inputs[0] else None
+        if before is not None and isinstance(before.op, Norm) and before.op.slope == 1.0 and made.name == before.name:
+            # The normalisation was moved in front of its up-sampling.
+            self._append(node, replace(before.op, slope=slope), before.inputs, before.shape)
+            return self._upsample_again(node, made.op)
         return False
-    return stride == 1 and kernel[0] == kernel[1] <= 11 and kernel[0] % 2 == 1 and padding == kernel[0] // 2
+
+    def _concat(self, node: fx.Node) -> bool:
+        tensors, axis = _arguments(node, (None, 0))
+        if axis not in (1, -3) or any(tensor not in self.values for tensor in tensors):
+            return False
+        return self._append(node, Concat(), tuple(self.values[tensor] for tensor in tensors))
+
+    def _slice(self, node: fx.Node) -> bool:
+        x, axis, start, end, step = _arguments(node, (None, 0, None, None, 1))
+        if axis not in (1, -3) or x not in self.values:
+            return False
+        channels = range(self._shapes[self.values[x]][0])[slice(start, end, step)]
+        return self._append(node, Select(tuple(channels)), (self.values[x],))
+
+    def _piece(self, node: fx.Node) -> bool:
+        split, number = node.args
+        if split.target not in _SPLITS or split.args[0] not in self.values:
+            return False
+        sizes = [piece.shape[1] for piece in split.meta["val"]]
+        first = sum(sizes[:number])
+        channels = tuple(range(first, first + sizes[number]))
+        return self._append(node, Select(channels), (self.values[split.args[0]],))
+
+    def _call(self, node: fx.Node) -> None:
+        if not is_map(node.meta.get("val")):
+            raise CannotLower(_NO_MAP.format(node.target))
+        call = self._as_call(node)
+        values = [v.index for v in _values_in((call.arguments, call.keywords))]
+        self._append(node, call, tuple(dict.fromkeys(values)))
+
+    def _as_call(self, node: fx.Node) -> Call:
+        parameters: list[str] = []
+
+        def translate(argument: fx.Node):
+            if argument in self.values:
+                return Value(self.values[argument])
+            if argument not in self._known:
+                raise CannotLower(
+                    f"expected feature maps of one experiment all the way, got {argument.target} in between"
+                )
+            known = self._known[argument]
+            if isinstance(known, Parameter):
+                parameters.append(known.name)
+            return known
+
+        arguments, keywords = (_plain(fx.node.map_arg(part, translate)) for part in (node.args, node.kwargs))
+        kind, keeps_zero = channelwise(node) if not parameters else (None, False)
+        return Call(node.target, arguments, keywords, tuple(parameters), kind, keeps_zero)
 
 
-def fuse_norms(lowered: Lowered) -> None:
-    """Make every normalisation by the image's own statistics, with the activation behind it, one `norm_act`."""
-    graph = lowered.graph.graph
-    for node in list(graph.nodes):
-        if node.target is aten.batch_norm.default:
-            _fuse_norm(graph, node)
-    _finish(lowered)
+def _prune(graph: Graph, output: int) -> Graph:
+    """The graph without the nodes that the output does not need, which comes last."""
+    needed, stack = set(), [output]
+    while stack:
+        value = stack.pop()
+        if value and value not in needed:
+            needed.add(value)
+            stack.extend(graph.nodes[value - 1].inputs)
+    number = {0: 0} | {value: i for i, value in enumerate(sorted(needed), start=1)}
+
+    def renumber(item):
+        return Value(number[item.index]) if isinstance(item, Value) else item
+
+    nodes = []
+    for value in sorted(needed):
+        node = graph.nodes[value - 1]
+        op = node.op
+        if isinstance(op, Call):
+            arguments, keywords = _map(op.arguments, renumber), _map(op.keywords, renumber)
+            op = replace(op, arguments=arguments, keywords=keywords)
+        nodes.append(Node(node.name, op, tuple(number[i] for i in node.inputs), node.shape))
+    if not nodes:
+        raise CannotLower("expected a network that computes something, got one that returns z")
+    return Graph(tuple(nodes), graph.input_shape, graph.reasons)
 
 
-def fuse_convolutions(lowered: Lowered, found: dict[str, Convolution], sparse: Collection[str]) -> None:
-    """Make the convolutions whose weights are in `sparse` calls of our operators, which take a pattern beside them."""
-    graph = lowered.graph.graph
-    first = next(iter(graph.nodes))
-    for name in sparse:
-        conv = found[name]
-        with graph.inserting_before(first):
-            pattern = graph.placeholder(f"pattern_{name.replace('.', '_')}")
-        lowered.slots.insert(0, ("pattern", name))
-        first = pattern
-        _, weight, bias, *_ = _arguments(conv.node, (None, None, None, 1, 0, 1, 1))
-        if conv.pool is not None:
-            target = f"pooled_{name.replace('.', '_')}"
-            lowered.graph.add_submodule(target, PooledConvolution(conv.padding, conv.padding_mode))
-            with graph.inserting_before(conv.pool):
-                new = graph.call_module(target, (conv.input, weight, bias, pattern))
-            conv.pool.replace_all_uses_with(new)
-            graph.erase_node(conv.pool)
-        elif conv.upsampled:
-            arguments = (conv.input.args[0], weight, bias, pattern, conv.padding, conv.padding_mode)
-            _replace(graph, conv.node, _upsample_conv, arguments)
-        else:
-            arguments = (conv.input, weight, bias, pattern, conv.padding, conv.padding_mode)
-            _replace(graph, conv.node, _sparse_conv, arguments)
-    _finish(lowered)
+def _upsampling(call: Call) -> str | None:
+    """What kind of ×2 up-sampling a call is."""
+    if call.target not in (aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec):
+        return None
+    if list(call.arguments[-1] or ()) != [2.0, 2.0]:
+        return None
+    if call.target is aten.upsample_nearest2d.vec:
+        return "nearest"
+    return "bilinear_corners" if call.arguments[2] else "bilinear"
 
 
-def _finish(lowered: Lowered) -> None:
-    lowered.graph.graph.eliminate_dead_code()
-    lowered.graph.graph.lint()
-    lowered.graph.recompile()
-
-
-def _fuse_norm(graph: fx.Graph, node: fx.Node) -> None:
-    x, gamma, beta, running_mean, _, training, _, eps = _arguments(node, (None,) * 7 + (1e-5,))[:8]
-    if not training or running_mean is not None or gamma is None or beta is None:
-        return
-    slope, last = 1.0, node
-    users = list(node.users)
-    if len(users) == 1 and users[0].target in _LEAKY_RELU:
-        slope, last = _arguments(users[0], (None, 0.01))[1], users[0]
-    elif len(users) == 1 and users[0].target in _RELU:
-        slope, last = 0.0, users[0]
-    # Normalising commutes with repeating every pixel: a quarter of the work, and the same statistics.
-    if x.target is aten.upsample_nearest2d.vec and len(x.users) == 1 and 0 <= slope <= 1:
-        small, *sizes = x.args
-        with graph.inserting_before(last):
-            normed = graph.call_function(_norm_act, (small, gamma, beta, eps, slope))
-        _replace(graph, last, aten.upsample_nearest2d.vec, (normed, *sizes))
-    elif 0 <= slope <= 1:
-        _replace(graph, last, _norm_act, (x, gamma, beta, eps, slope))
-
-
-def _norm_act(x, gamma, beta, eps, slope):
-    return norm_act(x, gamma[None], beta[None], eps=eps, slope=slope)
-
-
-def _sparse_conv(x, values, bias, pattern, padding, padding_mode):
-    bias = None if bias is None else bias[None]
-    return sparse_conv2d(x, values[None], pattern, bias, padding=padding, padding_mode=padding_mode)
-
-
-def _upsample_conv(x, values, bias, pattern, padding, padding_mode):
-    bias = None if bias is None else bias[None]
-    return sparse_upsample_conv2d(x, values[None], pattern, bias, padding=padding, padding_mode=padding_mode)
-
-
-class PooledConvolution(nn.Module):
-    """avg_pool2d(conv(pad(x)), 2) as one convolution of stride 2 on the 2×2 means of pad(x): a quarter of the work.
-
-    Those means are kept as long as the same unchanged x comes again and needs no gradient: the network's input z does.
-    """
-
-    def __init__(self, padding: int, padding_mode: str):
-        super().__init__()
-        self.padding, self.padding_mode = padding, padding_mode
-        self._known: tuple[weakref.ref, int, torch.Tensor] | None = None
-
-    def forward(self, x, values, bias, pattern):
-        bias = None if bias is None else bias[None]
-        return sparse_conv2d(self._means(x), values[None], pattern, bias)
-
-    def _means(self, x: torch.Tensor) -> torch.Tensor:
-        if self._known is not None:
-            known, version, means = self._known
-            if known() is x and x._version == version and not x.requires_grad:
-                return means
-        mode = TORCH_MODES[PADDING_MODES.index(self.padding_mode)]
-        padded = F.pad(x, [self.padding] * 4, mode=mode) if self.padding else x
-        rows = padded[..., 1:, :] + padded[..., :-1, :]
-        means = 0.25 * (rows[..., 1:] + rows[..., :-1])
-        self._known = None if x.requires_grad or x.grad_fn is not None else (weakref.ref(x), x._version, means)
-        return means
-
-
-def _replace(graph: fx.Graph, node: fx.Node, function: Callable, arguments: tuple) -> None:
-    with graph.inserting_before(node):
-        new = graph.call_function(function, arguments)
-    node.replace_all_uses_with(new)
-    # Dead code elimination keeps in-place calls, which this one may be.
-    graph.erase_node(node)
+def _keeps_size(shape: tuple[int, ...], stride: int, padding: int) -> bool:
+    kernel = shape[2]
+    return stride == 1 and kernel == shape[3] <= _LARGEST_KERNEL and kernel % 2 == 1 and padding == kernel // 2
 
 
 def _arguments(node: fx.Node, defaults: tuple) -> list:
     """A call's positional arguments, the ones left out filled with the schema's defaults."""
     return [*node.args, *defaults[len(node.args) :]]
+
+
+def _axis(node: fx.Node, position: int) -> int:
+    axis = _arguments(node, (None, None, 0))[position]
+    return axis + 4 if axis < 0 else axis
 
 
 def _both(value) -> int | None:
@@ -263,7 +298,33 @@ def _is_plain_padding(node: fx.Node) -> bool:
     return len(amounts) == 4 and len(set(amounts)) == 1 and mode in _MODES and value in (None, 0, 0.0)
 
 
-def _names_of(lowered: Lowered) -> dict[fx.Node, str]:
-    placeholders = [node for node in lowered.graph.graph.nodes if node.op == "placeholder"]
-    pairs = zip(placeholders, lowered.slots, strict=True)
-    return {node: what for node, (kind, what) in pairs if kind == "parameter"}
+def _nodes_in(item) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(item, lambda node: found.append(node) or node)
+    return found
+
+
+def _values_in(item) -> list[Value]:
+    found: list[Value] = []
+    _map(item, lambda leaf: found.append(leaf) if isinstance(leaf, Value) else None)
+    return found
+
+
+def _plain(item):
+    """Nested arguments without fx's immutable containers."""
+    if isinstance(item, dict):
+        return {key: _plain(value) for key, value in item.items()}
+    if isinstance(item, list):
+        return [_plain(value) for value in item]
+    return tuple(_plain(value) for value in item) if type(item) is tuple else item
+
+
+def _map(item, function):
+    """Like `function` on every leaf of nested tuples, lists and dicts."""
+    if isinstance(item, (Value, Parameter)):
+        return function(item)
+    if isinstance(item, dict):
+        return {key: _map(value, function) for key, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return type(item)(_map(value, function) for value in item)
+    return function(item)

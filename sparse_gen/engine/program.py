@@ -1,0 +1,193 @@
+"""A masked network as steps that run one after the other, forward and back, without autograd in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sparse_gen.engine.compact import Compaction, compact
+from sparse_gen.engine.graph import Call, Concat, Conv, Graph, Norm, Select
+from sparse_gen.engine.layout import ParameterLayout
+from sparse_gen.engine.slots import Slots
+from sparse_gen.engine.steps import CallStep, ConcatStep, NormStep, Step
+
+# Makes the step of a convolution: (its weight's name, the convolution, its mask) → (step, whether it takes the kept
+# values alone).
+ConvFactory = Callable[[Conv, torch.Tensor], tuple[Step, bool]]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A step with its place: the values it reads, the channels it takes of each (None: all), its parameters."""
+
+    step: Step
+    inputs: tuple[int, ...]
+    selections: tuple[torch.Tensor | None, ...]
+    slots: range
+    value: int
+
+
+class Program:
+    """One experiment's network, reduced to its live channels.
+
+    Args:
+        graph: from `lower`.
+        layout: of the network's parameters.
+        keep: (N,) bool.
+        make_conv: chooses how each convolution runs.
+
+    Attributes:
+        compaction: what is left of every value.
+    """
+
+    def __init__(self, graph: Graph, layout: ParameterLayout, keep: torch.Tensor, make_conv: ConvFactory):
+        device = keep.device
+        masks = {name: mask.cpu() for name, mask in layout.views(keep).items()}
+        self.compaction: Compaction = compact(graph, masks)
+        self._input_shape = graph.input_shape
+        self._slots = Slots(int(keep.sum()))
+        self._stages: list[_Stage] = []
+        place = torch.where(keep, keep.cumsum(0) - 1, -1).cpu()
+        self._build(graph, layout.views(place), make_conv)
+        self._slots.finish(device)
+        self._static = self._static_values(graph)
+        self._last_reader = self._last_readers()
+
+    def _build(self, graph: Graph, places: dict[str, torch.Tensor], make_conv: ConvFactory) -> None:
+        channels = self.compaction.channels
+        for number, node in enumerate(graph.nodes):
+            value, live = number + 1, channels[number + 1]
+            if not len(live):
+                continue
+            first = self._slots.count
+            inputs, wanted = node.inputs, [live] * len(node.inputs)
+            if isinstance(node.op, Conv):
+                step = self._conv(node.op, channels[inputs[0]], live, places, make_conv)
+                wanted = [channels[inputs[0]]]
+            elif isinstance(node.op, Norm):
+                step = NormStep(node.op)
+                for name in (node.op.gamma, node.op.beta):
+                    self._slots.add(places[name][live])
+            elif isinstance(node.op, Select):
+                step, wanted = None, [torch.tensor(node.op.channels)[live]]
+            elif isinstance(node.op, Concat):
+                step = ConcatStep()
+                parts = torch.zeros(node.shape[0], dtype=torch.bool).index_fill(0, live, True)
+                parts = parts.split([graph.shape(x)[0] for x in inputs])
+                inputs, wanted = zip(
+                    *[(x, part.nonzero()[:, 0]) for x, part in zip(inputs, parts, strict=True) if part.any()],
+                    strict=True,
+                )
+            else:
+                step = CallStep(node.op, inputs)
+                for name in node.op.parameters:
+                    self._slots.add(places[name])
+                if node.op.channelwise is None:
+                    wanted = [channels[x] for x in inputs]
+            selections = tuple(_positions(channels[x], w) for x, w in zip(inputs, wanted, strict=True))
+            slots = range(first, self._slots.count)
+            self._stages.append(_Stage(step or _Identity(), tuple(inputs), selections, slots, value))
+
+    def _conv(self, conv: Conv, into: torch.Tensor, out: torch.Tensor, places, make_conv: ConvFactory) -> Step:
+        mask = self.compaction.weights[conv.weight][out][:, into]
+        step, sparse = make_conv(conv, mask)
+        place = places[conv.weight][out][:, into]
+        self._slots.add(place[mask] if sparse else torch.where(mask, place, -1))
+        if conv.bias is not None and (kept := self.compaction.biases[conv.bias][out]).any():
+            self._slots.add(torch.where(kept, places[conv.bias][out], -1))
+        return step
+
+    def _static_values(self, graph: Graph) -> set[int]:
+        """Values that depend on z alone: no parameter is on the way."""
+        static = {0}
+        for stage in self._stages:
+            op = graph.nodes[stage.value - 1].op
+            if isinstance(op, (Call, Concat, Select)) and not len(stage.slots) and static.issuperset(stage.inputs):
+                static.add(stage.value)
+        return static
+
+    def _last_readers(self) -> dict[int, int]:
+        return {value: number for number, stage in enumerate(self._stages) for value in stage.inputs}
+
+    @torch.no_grad()
+    def prepare(self, z: torch.Tensor, *, alone: bool = False) -> dict[int, torch.Tensor]:
+        """z (1, C, H, W) as value 0 and, unless `alone`, the values that depend on nothing else, for `forward`."""
+        values = {0: _taken(z, _positions(torch.arange(z.shape[1]), self.compaction.channels[0]))}
+        for stage in [] if alone else self._stages:
+            if stage.value in self._static:
+                inputs = [_taken(values[x], s) for x, s in zip(stage.inputs, stage.selections, strict=True)]
+                values[stage.value], _ = stage.step.forward(inputs, [], False)
+        return values
+
+    def forward(self, values: torch.Tensor, given: dict[int, torch.Tensor], tape: list | None) -> torch.Tensor:
+        """The output (1, …) from the kept values (kept,); what the backward needs is appended to `tape`.
+
+        `given` holds z as value 0, and may hold others of `prepare`.
+        """
+        parameters = self._slots.read(values)
+        known = dict(given)
+        for number, stage in enumerate(self._stages):
+            if stage.value in given:
+                continue
+            inputs = [_taken(known[x], s) for x, s in zip(stage.inputs, stage.selections, strict=True)]
+            own = parameters[stage.slots.start : stage.slots.stop]
+            known[stage.value], kept = stage.step.forward(inputs, own, tape is not None)
+            if tape is not None:
+                tape.append((stage, kept, own))
+            for x in stage.inputs:
+                if self._last_reader[x] == number and x not in given:
+                    del known[x]
+        return known[self._stages[-1].value]
+
+    def backward(
+        self, gradient: torch.Tensor, values: torch.Tensor, tape: list, given: dict[int, torch.Tensor], needs_z: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The gradients of the kept values and, if asked for, of z; empties the tape."""
+        gradients: dict[int, torch.Tensor] = {self._stages[-1].value: gradient}
+        parameter_gradients: list[torch.Tensor | None] = [None] * self._slots.count
+        while tape:
+            stage, kept, own = tape.pop()
+            if stage.value not in gradients:
+                continue
+            needs = [x not in given or (x == 0 and needs_z) for x in stage.inputs]
+            grad_inputs, grad_own = stage.step.backward(gradients.pop(stage.value), kept, own, needs)
+            del kept
+            for slot, grad in zip(stage.slots, grad_own, strict=True):
+                parameter_gradients[slot] = grad
+            for x, selection, grad, need in zip(stage.inputs, stage.selections, grad_inputs, needs, strict=True):
+                if not need or grad is None:
+                    continue
+                if selection is not None:
+                    whole = grad.new_zeros(1, self.compaction.live(x), *grad.shape[2:])
+                    grad = whole.index_copy_(1, selection, grad)
+                gradients[x] = gradients[x] + grad if x in gradients else grad
+        grad_z = None
+        if needs_z:
+            live = self.compaction.channels[0].to(values.device)
+            grad_z = values.new_zeros(1, *self._input_shape)
+            if 0 in gradients:
+                grad_z.index_copy_(1, live, gradients[0])
+        return self._slots.write(parameter_gradients, values), grad_z
+
+
+class _Identity(Step):
+    """For a selection of channels, which happens on the way in."""
+
+    def forward(self, inputs, parameters, trains):
+        return inputs[0], None
+
+    def backward(self, gradient, kept, parameters, needs):
+        return [gradient], []
+
+
+def _positions(there: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
+    """Where the wanted channels stand among those that are there; None for all, in order."""
+    if torch.equal(there, wanted):
+        return None
+    return torch.searchsorted(there, wanted)
+
+
+def _taken(x: torch.Tensor, selection: torch.Tensor | None) -> torch.Tensor:
+    return x if selection is None else x.index_select(1, selection)

@@ -1,0 +1,86 @@
+"""How a stage's parameters are read from the vector of kept values, and how their gradients get back into it."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Slots:
+    """Parameters of one experiment's stages as pieces of one vector of kept values.
+
+    Args:
+        kept: length of the vector.
+    """
+
+    def __init__(self, kept: int):
+        self._kept = kept
+        self._index: list[torch.Tensor] = []
+        self._shapes: list[tuple[int, ...]] = []
+        self._ranges: list[tuple[int, int] | None] = []
+        self._gathered: torch.Tensor | None = None
+        self._sizes: list[int] = []
+
+    def add(self, index: torch.Tensor, shape: tuple[int, ...] | None = None) -> int:
+        """Add a parameter whose entries stand at `index` (-1: a zero) and return its number."""
+        flat = index.flatten()
+        start = int(flat[0]) if len(flat) else 0
+        consecutive = bool((flat == torch.arange(start, start + len(flat))).all()) and start >= 0
+        self._ranges.append((start, start + len(flat)) if consecutive else None)
+        self._index.append(torch.where(flat < 0, self._kept, flat))
+        self._shapes.append(tuple(index.shape) if shape is None else shape)
+        return len(self._index) - 1
+
+    @property
+    def count(self) -> int:
+        return len(self._ranges)
+
+    def finish(self, device: torch.device) -> None:
+        """Call once after the last `add`."""
+        scattered = [index for index, span in zip(self._index, self._ranges, strict=True) if span is None]
+        self._gathered = torch.cat(scattered).to(device) if scattered else None
+        self._sizes = [len(index) for index in scattered]
+        used = torch.cat(self._index) if self._index else torch.zeros(0, dtype=torch.long)
+        used = used[used < self._kept]
+        # A parameter that serves in two places has the sum of two gradients.
+        self._shared = len(used.unique()) < len(used)
+        # A single span over everything is the vector itself: its gradient needs no copy.
+        self._complete = scattered == [] and not self._shared and len(used) == self._kept and self._ascending()
+        self._index = []
+
+    def _ascending(self) -> bool:
+        position = 0
+        for span in self._ranges:
+            if span[0] != position:
+                return False
+            position = span[1]
+        return True
+
+    def read(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """The parameters, in the order in which they were added, from the kept values (kept,)."""
+        pieces = iter(())
+        if self._gathered is not None:
+            extended = torch.cat([values, values.new_zeros(1)])
+            pieces = iter(extended.index_select(0, self._gathered).split(self._sizes))
+        return [
+            (next(pieces) if span is None else values[span[0] : span[1]]).view(shape)
+            for span, shape in zip(self._ranges, self._shapes, strict=True)
+        ]
+
+    def write(self, gradients: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+        """The gradient of the kept values from those of the parameters; None is zero."""
+        if self._complete and None not in gradients:
+            return torch.cat([g.reshape(-1) for g in gradients])
+        total = like.new_zeros(self._kept + 1)
+        scattered = []
+        for gradient, span, shape in zip(gradients, self._ranges, self._shapes, strict=True):
+            if span is None:
+                scattered.append(like.new_zeros(shape).view(-1) if gradient is None else gradient.reshape(-1))
+            elif gradient is not None:
+                total[span[0] : span[1]] += gradient.reshape(-1)
+        if scattered:
+            flat = torch.cat(scattered)
+            if self._shared:
+                total.index_add_(0, self._gathered, flat)
+            else:
+                total[self._gathered] = flat
+        return total[: self._kept]

@@ -1,0 +1,246 @@
+"""The stages as what runs them: each computes a value, keeps what its backward needs, and gives the gradients back.
+
+A step sees tensors without autograd. What it keeps is the input of a convolution or a normalisation, never what can be
+found again from it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from sparse_gen.engine.graph import Call, Conv, Norm, Parameter, Value
+from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES
+from sparse_gen.ops.sparse_conv2d import SparsePattern
+from sparse_gen.ops.sparse_upsample_conv2d import TapPattern
+
+ops = torch.ops.sparse_gen
+
+Tensors = list[torch.Tensor]
+Gradients = list[torch.Tensor | None]
+
+
+class Step:
+    """One stage of one experiment.
+
+    `forward(inputs, parameters, trains)` gives the value and what is kept for the backward, if there will be one;
+    `backward(gradient, kept, parameters, needs)` the gradients of the inputs (None where `needs` says so) and of the
+    parameters.
+    """
+
+    def forward(self, inputs: Tensors, parameters: Tensors, trains: bool) -> tuple[torch.Tensor, Any]:
+        raise NotImplementedError
+
+    def backward(
+        self, gradient: torch.Tensor, kept: Any, parameters: Tensors, needs: list[bool]
+    ) -> tuple[Gradients, Gradients]:
+        raise NotImplementedError
+
+
+class AutogradStep(Step):
+    """A step that is written as plain PyTorch and leaves its backward to autograd."""
+
+    def compute(self, inputs: Tensors, parameters: Tensors) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, inputs, parameters, trains):
+        if not trains:
+            return self.compute(inputs, parameters), None
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in (*inputs, *parameters)]
+            output = self.compute(leaves[: len(inputs)], leaves[len(inputs) :])
+        return output.detach(), (output, leaves)
+
+    def backward(self, gradient, kept, parameters, needs):
+        output, leaves = kept
+        asked = [leaf for leaf, need in zip(leaves, [*needs, *[True] * len(parameters)], strict=True) if need]
+        found = iter(torch.autograd.grad(output, asked, gradient) if asked else ())
+        inputs = [next(found) if need else None for need in needs]
+        return inputs, list(found)
+
+
+class CallStep(AutogradStep):
+    """An ATen call as it was captured."""
+
+    def __init__(self, call: Call, inputs: tuple[int, ...]):
+        self._call, self._places = call, {value: place for place, value in enumerate(inputs)}
+
+    def compute(self, inputs, parameters):
+        given = iter(parameters)
+
+        def fill(item):
+            if isinstance(item, Value):
+                return inputs[self._places[item.index]]
+            if isinstance(item, Parameter):
+                return next(given)
+            if isinstance(item, (list, tuple)):
+                return type(item)(fill(part) for part in item)
+            return item
+
+        arguments = fill(self._call.arguments)
+        return self._call.target(*arguments, **{key: fill(value) for key, value in self._call.keywords.items()})
+
+
+class ConcatStep(Step):
+    def forward(self, inputs, parameters, trains):
+        return torch.cat(inputs, dim=1), [tensor.shape[1] for tensor in inputs]
+
+    def backward(self, gradient, kept, parameters, needs):
+        return list(gradient.split(kept, dim=1)), []
+
+
+class NormStep(Step):
+    """`norm_act`: only its input is kept."""
+
+    def __init__(self, norm: Norm):
+        self._eps, self._slope = norm.eps, norm.slope
+
+    def forward(self, inputs, parameters, trains):
+        gamma, beta = (parameter[None] for parameter in parameters)
+        y, mean, rstd = ops.norm_act(inputs[0].contiguous(), gamma, beta, self._eps, self._slope)
+        return y, (inputs[0], mean, rstd)
+
+    def backward(self, gradient, kept, parameters, needs):
+        x, mean, rstd = kept
+        gamma, beta = (parameter[None] for parameter in parameters)
+        grad_x, *grads = ops.norm_act_backward(gradient.contiguous(), x, gamma, beta, mean, rstd, self._slope)
+        return [grad_x], [grad[0] for grad in grads]
+
+
+class DenseConvStep(AutogradStep):
+    """A convolution on PyTorch's own kernels, with its weight whole."""
+
+    layout = "dense"
+
+    def __init__(self, conv: Conv):
+        self._conv = conv
+
+    def compute(self, inputs, parameters):
+        x, weight, *bias = inputs[0], *parameters
+        conv = self._conv
+        if conv.upsample is not None:
+            x = upsample(x, conv.upsample)
+        stride = conv.stride
+        if conv.pool:
+            x, stride = pooled_means(x, conv.padding, conv.padding_mode), 2
+        elif conv.padding:
+            x = F.pad(x, [conv.padding] * 4, mode=TORCH_MODES[PADDING_MODES.index(conv.padding_mode)])
+        return F.conv2d(x, weight, bias[0] if bias else None, stride=stride)
+
+
+class SparseConvStep(Step):
+    """`sparse_conv2d`; a 2×2 pool behind it becomes stride 2 on the 2×2 means of the padded input."""
+
+    layout = "sparse"
+
+    def __init__(self, conv: Conv, mask: torch.Tensor):
+        stride = 2 if conv.pool else conv.stride
+        pattern = SparsePattern.of(mask, stride)
+        self._pool, self._means = conv.pool, PooledMeans(conv.padding, conv.padding_mode)
+        padding, mode = (0, "zeros") if conv.pool else (conv.padding, conv.padding_mode)
+        out_channels, _, kernel_h, kernel_w = mask.shape
+        self._pattern = (pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order)
+        self._pattern += (out_channels, kernel_h, kernel_w, stride, padding, PADDING_MODES.index(mode))
+
+    def forward(self, inputs, parameters, trains):
+        x, (values, *bias) = inputs[0], parameters
+        x = self._means.of(x) if self._pool else x.contiguous()
+        y = ops.sparse_conv2d(x, values[None], bias[0][None] if bias else None, *self._pattern)
+        return y, (inputs[0], x)
+
+    def backward(self, gradient, kept, parameters, needs):
+        given, x = kept
+        values, *bias = parameters
+        gradient = gradient.contiguous()
+        grad_x, grad_values = ops.sparse_conv2d_backward(gradient, x, values[None], *self._pattern, needs[0], True)
+        if needs[0] and self._pool:
+            grad_x = self._means.gradient(given, grad_x)
+        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
+        return [grad_x if needs[0] else None], [grad_values[0], *grad_bias]
+
+
+class TapConvStep(Step):
+    """`sparse_upsample_conv2d`: every tap on the small image."""
+
+    layout = "taps"
+
+    def __init__(self, conv: Conv, mask: torch.Tensor):
+        taps = TapPattern.of(mask)
+        pattern = taps.pattern
+        out_channels, _, kernel_h, kernel_w = mask.shape
+        self._pattern = (pattern.taps, taps.by_tap, taps.tap_order, pattern.by_input, pattern.input_order)
+        self._pattern += (out_channels, kernel_h, kernel_w, conv.padding, PADDING_MODES.index(conv.padding_mode))
+
+    def forward(self, inputs, parameters, trains):
+        x, (values, *bias) = inputs[0].contiguous(), parameters
+        return ops.sparse_upsample_conv2d(x, values[None], bias[0][None] if bias else None, *self._pattern), x
+
+    def backward(self, gradient, kept, parameters, needs):
+        values, *bias = parameters
+        gradient = gradient.contiguous()
+        arguments = (gradient, kept, values[None], *self._pattern, needs[0], True)
+        grad_x, grad_values = ops.sparse_upsample_conv2d_backward(*arguments)
+        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
+        return [grad_x if needs[0] else None], [grad_values[0], *grad_bias]
+
+
+class UpsampledSparseConvStep(Step):
+    """`sparse_conv2d` on the image that was up-sampled in front of it."""
+
+    layout = "upsampled sparse"
+
+    def __init__(self, conv: Conv, mask: torch.Tensor):
+        self._kind, self._inner = conv.upsample, SparseConvStep(conv, mask)
+
+    def forward(self, inputs, parameters, trains):
+        y, _ = self._inner.forward([upsample(inputs[0], self._kind)], parameters, trains)
+        return y, inputs[0]
+
+    def backward(self, gradient, kept, parameters, needs):
+        with torch.enable_grad():
+            small = kept.detach().requires_grad_(needs[0])
+            large = upsample(small, self._kind)
+        x = large.detach()
+        grads, own = self._inner.backward(gradient, (x, x), parameters, needs)
+        return [torch.autograd.grad(large, small, grads[0])[0] if needs[0] else None], own
+
+
+class PooledMeans:
+    """The 2×2 means of a padded image, kept as long as the same unchanged image comes again: the input z does."""
+
+    def __init__(self, padding: int, padding_mode: str):
+        self._padding = padding, padding_mode
+        self._known: tuple[weakref.ref, int, torch.Tensor] | None = None
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        if self._known is not None:
+            known, version, means = self._known
+            if known() is x and x._version == version:
+                return means
+        means = pooled_means(x, *self._padding)
+        self._known = weakref.ref(x), x._version, means
+        return means
+
+    def gradient(self, x: torch.Tensor, grad_means: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            means = pooled_means(leaf, *self._padding)
+        return torch.autograd.grad(means, leaf, grad_means)[0]
+
+
+def pooled_means(x: torch.Tensor, padding: int, padding_mode: str) -> torch.Tensor:
+    """The mean of every 2×2 window, at stride 1, of the padded image: (1, C, H, W) to (1, C, H', W')."""
+    mode = TORCH_MODES[PADDING_MODES.index(padding_mode)]
+    padded = F.pad(x, [padding] * 4, mode=mode) if padding else x
+    rows = padded[..., 1:, :] + padded[..., :-1, :]
+    return 0.25 * (rows[..., 1:] + rows[..., :-1])
+
+
+def upsample(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """×2, of `Conv.upsample`'s kind."""
+    if kind == "nearest":
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=kind == "bilinear_corners")
