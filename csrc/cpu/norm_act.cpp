@@ -1,78 +1,16 @@
 #include "norm_act.h"
 
-#include "vector.h"
+#include "sums.h"
 
 namespace sparse_gen::SPARSE_GEN_ISA {
 
 namespace {
 
-// Sums are taken in float over this many elements at most, and over those sums in double: a float sum over a whole
-// image would lose three digits.
-constexpr long long kBlock = 4096;
-
-template <class T>
-inline double add_up(typename Vector<T>::type v) {
-  double sum = 0;
-  for (int lane = 0; lane < kWidth<T>; ++lane) sum += v[lane];
-  return sum;
-}
-
-// Sums f(i, vector or scalar loader) over count elements; f gives Sums vectors at a time.
-template <class T, int Sums, class F>
-inline void block_sums(long long count, double (&total)[Sums], F f) {
-  using V = typename Vector<T>::type;
-  for (double& t : total) t = 0;
-  for (long long begin = 0; begin < count; begin += kBlock) {
-    const long long end = begin + kBlock < count ? begin + kBlock : count;
-    V sum[Sums][4] = {};
-    long long i = begin;
-    for (; i + 4 * kWidth<T> <= end; i += 4 * kWidth<T>)
-      for (int u = 0; u < 4; ++u) {
-        V term[Sums];
-        f(i + u * kWidth<T>, term);
-        for (int s = 0; s < Sums; ++s) sum[s][u] += term[s];
-      }
-    for (int s = 0; s < Sums; ++s) total[s] += add_up<T>((sum[s][0] + sum[s][1]) + (sum[s][2] + sum[s][3]));
-    // What is left of the block goes through a vector of which the rest is cut off.
-    for (; i < end; i += kWidth<T>) {
-      V term[Sums];
-      f(i, term);
-      const long long real = end - i < kWidth<T> ? end - i : kWidth<T>;
-      for (int s = 0; s < Sums; ++s)
-        for (long long lane = 0; lane < real; ++lane) total[s] += term[s][lane];
-    }
-  }
-}
-
-// Loads a vector at i, zeros behind the end.
-template <class T>
-inline typename Vector<T>::type load_within(const T* p, long long i, long long count) {
-  if (i + kWidth<T> <= count) return load_from(p + i);
-  typename Vector<T>::type v = {};
-  __builtin_memcpy(&v, p + i, (count - i) * sizeof(T));
-  return v;
-}
-
-template <class T>
-inline void store_within(T* p, long long i, long long count, typename Vector<T>::type v) {
-  if (i + kWidth<T> <= count)
-    store_to(p + i, v);
-  else
-    __builtin_memcpy(p + i, &v, (count - i) * sizeof(T));
-}
-
 template <class T>
 void forward(const T* x, T* y, long long count, T gamma, T beta, double eps, double slope, T* mean, T* rstd) {
   using V = typename Vector<T>::type;
-  double sum[1], squares[1];
-  block_sums<T>(count, sum, [&](long long i, V* term) { term[0] = load_within(x, i, count); });
-  const T center = (T)(sum[0] / count);
-  // Around the mean, in a second pass: the difference of two large sums would cancel.
-  block_sums<T>(count, squares, [&](long long i, V* term) {
-    const V d = load_within(x, i, count) - center;
-    term[0] = d * d;
-  });
-  const T scale = (T)(1 / __builtin_sqrt(squares[0] / count + eps));
+  const Moments found = moments(x, count);
+  const T center = (T)found.mean, scale = (T)(1 / __builtin_sqrt(found.variance + eps));
   *mean = center;
   *rstd = scale;
   const T factor = gamma * scale, shift = beta - center * factor, negative = (T)slope;

@@ -11,9 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_gen.engine.checks import check_input
 from sparse_gen.engine.functional import run_experiments, training_copy
-from sparse_gen.engine.graph import Conv
 from sparse_gen.engine.layout import ParameterLayout
-from sparse_gen.engine.layouts import candidates, make_step
+from sparse_gen.engine.layouts import candidates
 from sparse_gen.engine.lower import lower
 from sparse_gen.engine.plan import Plan, plan_stages
 from sparse_gen.engine.program import Program
@@ -184,15 +183,9 @@ def _network_run(engine, network, layout, keep, example_input):
 
 
 def _programs(graph, layout, keep, size):
-    kernels, reasons = {}, dict(graph.reasons)
-
-    def make_conv(conv: Conv, mask):
-        name = candidates(conv, mask)[0]
-        kernels.setdefault(conv.weight, f"{name}, pool folded" if conv.pool else name)
-        return make_step(name, conv, mask)
-
-    programs = [Program(graph, layout, row, make_conv) for row in keep]
-    return NetworkRun(programs, size), kernels, reasons, "kept weights only where an operator is named"
+    programs = [Program(graph, layout, row, lambda conv, mask: candidates(conv, mask)[0]) for row in keep]
+    summary = "dead channels left out, resampling folded in"
+    return NetworkRun(programs, size), programs[0].layouts, graph.reasons, summary
 
 
 def _choose_weights(mask, network, layout, initial, keep, weights):

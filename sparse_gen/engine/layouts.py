@@ -1,4 +1,4 @@
-"""The ways in which a convolution can run, and the rule that chooses where nothing was measured."""
+"""The ways in which a convolution can run, and the rule that chooses among them."""
 
 from __future__ import annotations
 

@@ -10,12 +10,13 @@ import torch
 from sparse_gen.engine.compact import Compaction, compact
 from sparse_gen.engine.graph import Call, Concat, Conv, Graph, Norm, Select
 from sparse_gen.engine.layout import ParameterLayout
+from sparse_gen.engine.layouts import make_step
 from sparse_gen.engine.slots import Slots
-from sparse_gen.engine.steps import CallStep, ConcatStep, NormStep, Step
+from sparse_gen.engine.steps import CallStep, ConcatStep, NormHeadStep, NormStep, Step
+from sparse_gen.ops.norm_head import MOST_CHANNELS
 
-# Makes the step of a convolution: (its weight's name, the convolution, its mask) → (step, whether it takes the kept
-# values alone).
-ConvFactory = Callable[[Conv, torch.Tensor], tuple[Step, bool]]
+# Chooses the layout of a convolution from its mask inside the live channels.
+Choose = Callable[[Conv, torch.Tensor], str]
 
 
 @dataclass(frozen=True)
@@ -36,35 +37,46 @@ class Program:
         graph: from `lower`.
         layout: of the network's parameters.
         keep: (N,) bool.
-        make_conv: chooses how each convolution runs.
+        choose: the layout of each convolution.
 
     Attributes:
         compaction: what is left of every value.
+        layouts: weight's name → how its convolution runs.
     """
 
-    def __init__(self, graph: Graph, layout: ParameterLayout, keep: torch.Tensor, make_conv: ConvFactory):
+    def __init__(self, graph: Graph, layout: ParameterLayout, keep: torch.Tensor, choose: Choose):
         device = keep.device
         masks = {name: mask.cpu() for name, mask in layout.views(keep).items()}
         self.compaction: Compaction = compact(graph, masks)
+        self.layouts: dict[str, str] = {}
         self._input_shape = graph.input_shape
         self._slots = Slots(int(keep.sum()))
         self._stages: list[_Stage] = []
         place = torch.where(keep, keep.cumsum(0) - 1, -1).cpu()
-        self._build(graph, layout.views(place), make_conv)
+        self._build(graph, layout.views(place), choose)
         self._slots.finish(device)
         self._static = self._static_values(graph)
         self._last_reader = self._last_readers()
 
-    def _build(self, graph: Graph, places: dict[str, torch.Tensor], make_conv: ConvFactory) -> None:
+    def _build(self, graph: Graph, places: dict[str, torch.Tensor], choose: Choose) -> None:
         channels = self.compaction.channels
+        heads = _heads(graph, self.compaction)
         for number, node in enumerate(graph.nodes):
             value, live = number + 1, channels[number + 1]
-            if not len(live):
+            if not len(live) or value in heads.values():
                 continue
             first = self._slots.count
             inputs, wanted = node.inputs, [live] * len(node.inputs)
-            if isinstance(node.op, Conv):
-                step = self._conv(node.op, channels[inputs[0]], live, places, make_conv)
+            if value in heads:
+                norm = graph.nodes[heads[value] - 1]
+                into = channels[heads[value]]
+                for name in (norm.op.gamma, norm.op.beta):
+                    self._slots.add(places[name][into])
+                self._add_weight(node.op, into, live, places, None)
+                self.layouts[node.op.weight] = "with its normalisation"
+                step, inputs, wanted = NormHeadStep(norm.op), norm.inputs, [into]
+            elif isinstance(node.op, Conv):
+                step = self._conv(node.op, channels[inputs[0]], live, places, choose)
                 wanted = [channels[inputs[0]]]
             elif isinstance(node.op, Norm):
                 step = NormStep(node.op)
@@ -90,14 +102,21 @@ class Program:
             slots = range(first, self._slots.count)
             self._stages.append(_Stage(step or _Identity(), tuple(inputs), selections, slots, value))
 
-    def _conv(self, conv: Conv, into: torch.Tensor, out: torch.Tensor, places, make_conv: ConvFactory) -> Step:
+    def _conv(self, conv: Conv, into: torch.Tensor, out: torch.Tensor, places, choose: Choose) -> Step:
         mask = self.compaction.weights[conv.weight][out][:, into]
-        step, sparse = make_conv(conv, mask)
+        layout = choose(conv, mask)
+        self.layouts[conv.weight] = f"{layout}, pool folded" if conv.pool else layout
+        step, sparse = make_step(layout, conv, mask)
+        self._add_weight(conv, into, out, places, mask if sparse else None)
+        return step
+
+    def _add_weight(self, conv: Conv, into: torch.Tensor, out: torch.Tensor, places, sparse: torch.Tensor | None):
+        """The weight, whole or (with a mask) its kept values alone, and the bias where it matters."""
         place = places[conv.weight][out][:, into]
-        self._slots.add(place[mask] if sparse else torch.where(mask, place, -1))
+        kept = self.compaction.weights[conv.weight][out][:, into]
+        self._slots.add(torch.where(kept, place, -1) if sparse is None else place[sparse])
         if conv.bias is not None and (kept := self.compaction.biases[conv.bias][out]).any():
             self._slots.add(torch.where(kept, places[conv.bias][out], -1))
-        return step
 
     def _static_values(self, graph: Graph) -> set[int]:
         """Values that depend on z alone: no parameter is on the way."""
@@ -170,6 +189,21 @@ class Program:
             if 0 in gradients:
                 grad_z.index_copy_(1, live, gradients[0])
         return self._slots.write(parameter_gradients, values), grad_z
+
+
+def _heads(graph: Graph, compaction: Compaction) -> dict[int, int]:
+    """Values of 1×1 convolutions to a few channels → the normalisation's value that they alone read."""
+    readers = graph.consumers()
+    found = {}
+    for value, node in enumerate(graph.nodes, start=1):
+        op = node.op
+        if not isinstance(op, Conv) or op.shape[2:] != (1, 1) or op.upsample is not None or op.pool:
+            continue
+        (x,) = node.inputs
+        plain = op.stride == 1 and op.padding == 0 and 0 < compaction.live(value) <= MOST_CHANNELS
+        if plain and x and isinstance(graph.nodes[x - 1].op, Norm) and len(readers[x]) == 1:
+            found[value] = x
+    return found
 
 
 class _Identity(Step):

@@ -110,6 +110,28 @@ class NormStep(Step):
         return [grad_x], [grad[0] for grad in grads]
 
 
+class NormHeadStep(Step):
+    """`norm_head`: a normalisation and the 1×1 convolution to a few channels that alone reads it."""
+
+    def __init__(self, norm: Norm):
+        self._eps, self._slope = norm.eps, norm.slope
+
+    def forward(self, inputs, parameters, trains):
+        x = inputs[0].contiguous()
+        gamma, beta, weight, *bias = (parameter[None] for parameter in parameters)
+        given = (gamma, beta, weight.flatten(2), bias[0] if bias else None)
+        y, mean, rstd = ops.norm_head(x, *given, self._eps, self._slope)
+        return y, (x, mean, rstd)
+
+    def backward(self, gradient, kept, parameters, needs):
+        x, mean, rstd = kept
+        gamma, beta, weight, *bias = (parameter[None] for parameter in parameters)
+        arguments = (gradient.contiguous(), x, gamma, beta, weight.flatten(2), mean, rstd, self._slope)
+        grad_x, *grads = ops.norm_head_backward(*arguments)
+        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
+        return [grad_x], [*(grad[0] for grad in grads), *grad_bias]
+
+
 class DenseConvStep(AutogradStep):
     """A convolution on PyTorch's own kernels, with its weight whole."""
 

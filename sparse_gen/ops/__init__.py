@@ -1,5 +1,23 @@
 """What is computed: one operator a file, each with its schema, its plain-PyTorch reference and its checks."""
 
-from sparse_gen.ops import concrete_mask, dispatch, extension, norm_act, philox, sparse_conv2d, sparse_upsample_conv2d
+from sparse_gen.ops import (
+    concrete_mask,
+    dispatch,
+    extension,
+    norm_act,
+    norm_head,
+    philox,
+    sparse_conv2d,
+    sparse_upsample_conv2d,
+)
 
-__all__ = ["concrete_mask", "dispatch", "extension", "norm_act", "philox", "sparse_conv2d", "sparse_upsample_conv2d"]
+__all__ = [
+    "concrete_mask",
+    "dispatch",
+    "extension",
+    "norm_act",
+    "norm_head",
+    "philox",
+    "sparse_conv2d",
+    "sparse_upsample_conv2d",
+]
