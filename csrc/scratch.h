@@ -15,8 +15,9 @@ T* scratch(int slot, int64_t count) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  static thread_local std::unique_ptr<void, Free> memory[4];
-  static thread_local size_t capacity[4] = {};
+  constexpr int kSlots = 8;
+  static thread_local std::unique_ptr<void, Free> memory[kSlots];
+  static thread_local size_t capacity[kSlots] = {};
   const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
   if (bytes > capacity[slot]) {
     memory[slot].reset(std::aligned_alloc(64, bytes));

@@ -97,10 +97,11 @@ def test_gradcheck_and_opcheck():
     )
 
 
-def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set):
+@pytest.mark.parametrize("size", [(4, 5), (31, 33), (70, 71)])
+def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set, size):
     mask, generator = random_mask((16, 8, 3, 3), 0.3)
     pattern = TapPattern.of(mask)
-    x = torch.randn(2, 8, 70, 71, generator=generator).requires_grad_()
+    x = torch.randn(2, 8, *size, generator=generator).requires_grad_()
     values = torch.randn(2, len(pattern.pattern.index), generator=generator).requires_grad_()
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3):

@@ -4,23 +4,37 @@
 
 namespace sparse_gen {
 
-// One output channel's tap planes: plane (ky, kx) is the small image convolved with that tap's weights alone.
-struct TapPlanes {
+// The small image of a ×2 up-sampling convolution, cut into strips of whole rows: row y lies strip_rows to a strip,
+// without gaps, and strip s in slot s % slots of a plane.
+struct TapImage {
   long long height, width;  // of the small image
   long long kernel_h, kernel_w, padding, mode;
-  long long stride;  // from one tap's plane to the next
+  long long strip_rows, strip_stride, slots;
+
+  long long place(long long row) const {
+    return row / strip_rows % slots * strip_stride + row % strip_rows * width;
+  }
 };
+
+// Elements of scratch that the functions below need, for a kernel of kernel_w columns.
+inline long long tap_scratch(const TapImage& image) { return (image.kernel_w + 4) * (image.width + 16); }
 
 // clang-format off
 SPARSE_GEN_DECLARE(
-  // out (2 height × 2 width) = bias + every tap's plane up-sampled ×2 (nearest), padded and shifted by the tap.
-  // scratch holds 2 * width elements.
-  void assemble_taps(const TapPlanes&, const float* taps, float bias, float* out, float* scratch);
-  void assemble_taps(const TapPlanes&, const double* taps, double bias, double* out, double* scratch);
+  // Output rows 2 first .. 2 last - 1 of one channel: out (2 height × 2 width) = bias + every tap's plane up-sampled
+  // ×2 (nearest), padded and shifted by the tap. Plane (ky, kx) is the small image convolved with that tap's weights
+  // alone and begins at taps + (ky * kernel_w + kx) * plane_stride.
+  void assemble_taps(const TapImage&, const float* taps, long long plane_stride, long long first, long long last,
+                     float bias, float* out, float* scratch);
+  void assemble_taps(const TapImage&, const double* taps, long long plane_stride, long long first, long long last,
+                     double bias, double* out, double* scratch);
 
-  // The adjoint: the output's gradient added up in each tap's plane; scratch holds 4 * height * width elements.
-  void spread_taps(const TapPlanes&, const float* grad_out, float* taps, float* scratch);
-  void spread_taps(const TapPlanes&, const double* grad_out, double* taps, double* scratch);
+  // The adjoint: the output's gradient added up in rows first .. last - 1 of each tap's plane, which lie without gaps
+  // from taps + tap * plane_stride on.
+  void spread_taps(const TapImage&, const float* grad_out, long long first, long long last, float* taps,
+                   long long plane_stride, float* scratch);
+  void spread_taps(const TapImage&, const double* grad_out, long long first, long long last, double* taps,
+                   long long plane_stride, double* scratch);
 )
 // clang-format on
 
