@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sparse_gen.engine.graph import Call, Conv, Norm, Parameter, Value
 from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES
+from sparse_gen.ops.pooled_means import pooled_means
 from sparse_gen.ops.sparse_conv2d import SparsePattern
 from sparse_gen.ops.sparse_upsample_conv2d import TapPattern
 
@@ -147,7 +148,7 @@ class DenseConvStep(AutogradStep):
             x = upsample(x, conv.upsample)
         stride = conv.stride
         if conv.pool:
-            x, stride = pooled_means(x, conv.padding, conv.padding_mode), 2
+            x, stride = pooled_means(x, padding=conv.padding, padding_mode=conv.padding_mode), 2
         elif conv.padding:
             x = F.pad(x, [conv.padding] * 4, mode=TORCH_MODES[PADDING_MODES.index(conv.padding_mode)])
         return F.conv2d(x, weight, bias[0] if bias else None, stride=stride)
@@ -169,17 +170,18 @@ class SparseConvStep(Step):
 
     def forward(self, inputs, parameters, trains):
         x, (values, *bias) = inputs[0], parameters
-        x = self._means.of(x) if self._pool else x.contiguous()
-        y = ops.sparse_conv2d(x, values[None], bias[0][None] if bias else None, *self._pattern)
-        return y, (inputs[0], x)
+        source = self._means.of(x) if self._pool else x.contiguous()
+        y = ops.sparse_conv2d(source, values[None], bias[0][None] if bias else None, *self._pattern)
+        return y, x
 
     def backward(self, gradient, kept, parameters, needs):
-        given, x = kept
         values, *bias = parameters
         gradient = gradient.contiguous()
-        grad_x, grad_values = ops.sparse_conv2d_backward(gradient, x, values[None], *self._pattern, needs[0], True)
+        # The means are made again rather than kept: they are as large as what they are made from.
+        source = self._means.of(kept) if self._pool else kept.contiguous()
+        grad_x, grad_values = ops.sparse_conv2d_backward(gradient, source, values[None], *self._pattern, needs[0], True)
         if needs[0] and self._pool:
-            grad_x = self._means.gradient(given, grad_x)
+            grad_x = self._means.gradient(grad_x)
         grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
         return [grad_x if needs[0] else None], [grad_values[0], *grad_bias]
 
@@ -225,16 +227,15 @@ class UpsampledSparseConvStep(Step):
         with torch.enable_grad():
             small = kept.detach().requires_grad_(needs[0])
             large = upsample(small, self._kind)
-        x = large.detach()
-        grads, own = self._inner.backward(gradient, (x, x), parameters, needs)
+        grads, own = self._inner.backward(gradient, large.detach(), parameters, needs)
         return [torch.autograd.grad(large, small, grads[0])[0] if needs[0] else None], own
 
 
 class PooledMeans:
-    """The 2×2 means of a padded image, kept as long as the same unchanged image comes again: the input z does."""
+    """`pooled_means`, kept as long as the same unchanged image comes again: the input z does."""
 
     def __init__(self, padding: int, padding_mode: str):
-        self._padding = padding, padding_mode
+        self._padding = padding, PADDING_MODES.index(padding_mode)
         self._known: tuple[weakref.ref, int, torch.Tensor] | None = None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
@@ -242,23 +243,12 @@ class PooledMeans:
             known, version, means = self._known
             if known() is x and x._version == version:
                 return means
-        means = pooled_means(x, *self._padding)
+        means = ops.pooled_means(x.contiguous(), *self._padding)
         self._known = weakref.ref(x), x._version, means
         return means
 
-    def gradient(self, x: torch.Tensor, grad_means: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            means = pooled_means(leaf, *self._padding)
-        return torch.autograd.grad(means, leaf, grad_means)[0]
-
-
-def pooled_means(x: torch.Tensor, padding: int, padding_mode: str) -> torch.Tensor:
-    """The mean of every 2×2 window, at stride 1, of the padded image: (1, C, H, W) to (1, C, H', W')."""
-    mode = TORCH_MODES[PADDING_MODES.index(padding_mode)]
-    padded = F.pad(x, [padding] * 4, mode=mode) if padding else x
-    rows = padded[..., 1:, :] + padded[..., :-1, :]
-    return 0.25 * (rows[..., 1:] + rows[..., :-1])
+    def gradient(self, grad_means: torch.Tensor) -> torch.Tensor:
+        return ops.pooled_means_backward(grad_means, *self._padding)
 
 
 def upsample(x: torch.Tensor, kind: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ from sparse_gen.ops import (
     norm_act,
     norm_head,
     philox,
+    pooled_means,
     sparse_conv2d,
     sparse_upsample_conv2d,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "norm_act",
     "norm_head",
     "philox",
+    "pooled_means",
     "sparse_conv2d",
     "sparse_upsample_conv2d",
 ]
