@@ -115,7 +115,7 @@ void gradient(const Head<T>& h, const T* grad_out, const double* sums, T* grad_x
 }
 
 template <class T>
-void moments_of(const T* x, long long count, double eps, T* mean, T* rstd) {
+void write_moments(const T* x, long long count, double eps, T* mean, T* rstd) {
   const Moments found = moments(x, count);
   *mean = (T)found.mean;
   *rstd = (T)(1 / __builtin_sqrt(found.variance + eps));
@@ -133,10 +133,10 @@ void moments_of(const T* x, long long count, double eps, T* mean, T* rstd) {
   }
 
 void norm_moments(const float* x, long long count, double eps, float* mean, float* rstd) {
-  moments_of(x, count, eps, mean, rstd);
+  write_moments(x, count, eps, mean, rstd);
 }
 void norm_moments(const double* x, long long count, double eps, double* mean, double* rstd) {
-  moments_of(x, count, eps, mean, rstd);
+  write_moments(x, count, eps, mean, rstd);
 }
 void norm_head(const Head<float>& h, const float* bias, float* out, long long begin, long long end) {
   SPARSE_GEN_BY_OUTPUTS(forward, float, bias, out, begin, end)

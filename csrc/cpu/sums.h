@@ -67,18 +67,17 @@ struct Moments {
 // Mean and biased variance in one pass over memory: block by block around the block's own mean (two passes in the
 // first-level cache, so that no large sums cancel), put together in double.
 // Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
-template <class T>
-static inline Moments moments(const T* x, long long count) {
+template <class T, class F>
+static inline Moments moments_of(long long count, F value) {
   using V = typename Vector<T>::type;
   double mean = 0, squares = 0;
   for (long long begin = 0; begin < count; begin += kBlock) {
     const long long length = count - begin < kBlock ? count - begin : kBlock;
-    const T* block = x + begin;
     double sum[1], around[1];
-    block_sums<T>(length, sum, [&](long long i, V* term) { term[0] = load_within(block, i, length); });
+    block_sums<T>(length, sum, [&](long long i, V* term) { term[0] = value(begin + i); });
     const T center = (T)(sum[0] / length);
     block_sums<T>(length, around, [&](long long i, V* term) {
-      const V d = load_within(block, i, length) - center;
+      const V d = value(begin + i) - center;
       term[0] = d * d;
     });
     // Around the rounded center, not the block's mean: the difference is put right.
@@ -88,6 +87,11 @@ static inline Moments moments(const T* x, long long count) {
     mean += difference * length / total;
   }
   return {mean, squares > 0 ? squares / count : 0};
+}
+
+template <class T>
+static inline Moments moments(const T* x, long long count) {
+  return moments_of<T>(count, [&](long long i) { return load_within(x, i, count); });
 }
 
 }  // namespace sparse_gen::SPARSE_GEN_ISA
