@@ -150,6 +150,13 @@ class Tables {
   T *tap_value_, *in_value_;
 };
 
+// Zeros from `length` to the end of the cache line.
+template <class T>
+void clear_tail(T* row, int64_t length) {
+  constexpr int64_t line = kLine / sizeof(T);
+  if (length % line) std::memset(row + length, 0, (line - length % line) * sizeof(T));
+}
+
 // One strip of channels first .. last - 1 in rows of whole cache lines, zeros behind the last position.
 template <class T>
 void pack_strip(const UpLayer& layer, const T* x, int64_t strip, int64_t first, int64_t last, T* to) {
@@ -157,7 +164,7 @@ void pack_strip(const UpLayer& layer, const T* x, int64_t strip, int64_t first, 
   const T* from = x + layer.strip_begin(strip) * layer.image.width;
   for (int64_t c = first; c < last; ++c) {
     std::memcpy(to + c * stride, from + c * layer.pixels(), length * sizeof(T));
-    std::memset(to + c * stride + length, 0, (stride - length) * sizeof(T));
+    clear_tail(to + c * stride, length);
   }
 }
 
@@ -221,8 +228,7 @@ void spread(const UpLayer& layer, const T* grad_out, int64_t strip, int64_t firs
     T* own = planes + (o - first) * layer.taps() * stride;
     SPARSE_GEN_DISPATCH(spread_taps, layer.image, grad_out + o * 4 * layer.pixels(), layer.strip_begin(strip),
                         layer.strip_end(strip), own, stride, room);
-    for (int64_t tap = 0; tap < layer.taps(); ++tap)
-      std::memset(own + tap * stride + length, 0, (stride - length) * sizeof(T));
+    for (int64_t tap = 0; tap < layer.taps(); ++tap) clear_tail(own + tap * stride, length);
   }
 }
 

@@ -63,16 +63,6 @@ void multiply_tile(const SparseRows<T>& m, long long first, long long last, cons
   }
 }
 
-// A list of lanes, for __builtin_shufflevector.
-template <int... L>
-struct Lanes {};
-template <int N, int... L>
-struct CountLanes : CountLanes<N - 1, N - 1, L...> {};
-template <int... L>
-struct CountLanes<0, L...> {
-  using type = Lanes<L...>;
-};
-
 // Lanes l without bit H: a[l] + a[l + H]; with it: b[l] + b[l - H].
 template <class V, int H, int... L>
 inline V add_halves(V a, V b, Lanes<L...>) {

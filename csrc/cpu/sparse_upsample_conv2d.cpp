@@ -1,6 +1,7 @@
 #include "sparse_upsample_conv2d.h"
 
 #include "padding.h"
+#include "taps_3x3.h"
 #include "vector.h"
 
 namespace sparse_gen::SPARSE_GEN_ISA {
@@ -94,6 +95,8 @@ inline long long row_of(const TapImage& t, long long y, long long ky) {
 template <class T>
 void assemble(const TapImage& t, const T* taps, long long plane_stride, long long first, long long last, T bias, T* out,
               T* scratch) {
+  if (t.kernel_h == 3 && t.kernel_w == 3 && t.padding == 1)
+    return assemble_3x3(t, taps, plane_stride, first, last, bias, out);
   const long long line = t.width + 16;
   T *column_sums = scratch, *halves = scratch + t.kernel_w * line;
   for (long long y = 2 * first; y < 2 * last; ++y) {
@@ -141,6 +144,8 @@ void assemble(const TapImage& t, const T* taps, long long plane_stride, long lon
 template <class T>
 void spread(const TapImage& t, const T* grad_out, long long first, long long last, T* taps, long long plane_stride,
             T* scratch) {
+  if (t.kernel_h == 3 && t.kernel_w == 3 && t.padding == 1)
+    return spread_3x3(t, grad_out, first, last, taps, plane_stride);
   const long long line = t.width + 16;
   T *rows_sum = scratch, *halves = scratch + 2 * line;
   for (long long row = first; row < last; ++row) {
