@@ -42,6 +42,22 @@ std::tuple<Tensor, Tensor> norm_load(const Tensor& x, const Tensor& gamma, const
   return {load, moments};
 }
 
+// x (E, C, H, W) as a reader with load (E, C, 5) sees it.
+Tensor apply_load(const Tensor& x, const Tensor& load) {
+  Tensor y = torch::stable::empty_like(x);
+  const int64_t count = x.size(2) * x.size(3);
+  for_float_type(x, [&](auto type) {
+    using T = decltype(type);
+    const T* from = x.const_data_ptr<T>();
+    T* to = y.mutable_data_ptr<T>();
+    const auto* loads = reinterpret_cast<const Load<T>*>(load.const_data_ptr<T>());
+    torch::stable::parallel_for(0, x.size(0) * x.size(1), 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) SPARSE_GEN_DISPATCH(apply_load, from + i * count, to + i * count, count, loads[i]);
+    });
+  });
+  return y;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_load_backward(
     const Tensor& grad, const Tensor& x, const Tensor& gamma, const Tensor& beta, double slope,
     const std::optional<Tensor>& gamma2, const std::optional<Tensor>& beta2, const Tensor& moments) {
@@ -71,6 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_load_backward(
 }  // namespace sparse_gen
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_gen, CPU, m) {
+  m.impl("apply_load", TORCH_BOX(&sparse_gen::apply_load));
   m.impl("norm_load", TORCH_BOX(&sparse_gen::norm_load));
   m.impl("norm_load_backward", TORCH_BOX(&sparse_gen::norm_load_backward));
 }

@@ -1,6 +1,9 @@
 #include "cpu/pooled_means.h"
 
+#include <optional>
+
 #include "binding.h"
+#include "load.h"
 #include "scratch.h"
 
 namespace sparse_gen {
@@ -11,24 +14,25 @@ namespace {
 template <class T, class Body>
 void parallel_over_images(int64_t images, const PaddedImage& padded, const Body& body) {
   torch::stable::parallel_for(0, images, 1, [&](int64_t first, int64_t last) {
-    T* sums = scratch<T>(0, padded.width + 2 * padded.padding);
+    T* sums = scratch<T>(0, 3 * (padded.width + 2 * padded.padding));
     for (int64_t i = first; i < last; ++i) body(i, sums);
   });
 }
 
 }  // namespace
 
-// x (E, C, H, W) to (E, C, H + 2 padding - 1, W + 2 padding - 1).
-Tensor pooled_means(const Tensor& x, int64_t padding, int64_t mode) {
+// x (E, C, H, W), read through load (E, C, 5) if given, to (E, C, H + 2 padding - 1, W + 2 padding - 1).
+Tensor pooled_means(const Tensor& x, const std::optional<Tensor>& load, int64_t padding, int64_t mode) {
   const PaddedImage padded{x.size(2), x.size(3), padding, mode};
   Tensor means = torch::stable::empty({x.size(0), x.size(1), padded.rows(), padded.columns()}, x.scalar_type());
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
     const T* from = x.const_data_ptr<T>();
     T* to = means.mutable_data_ptr<T>();
+    const Load<T>* loads = loads_of<T>(load, 0);
     parallel_over_images<T>(x.size(0) * x.size(1), padded, [&](int64_t i, T* sums) {
       SPARSE_GEN_DISPATCH(pooled_means, padded, from + i * padded.height * padded.width,
-                          to + i * padded.rows() * padded.columns(), sums);
+                          loads ? loads + i : nullptr, to + i * padded.rows() * padded.columns(), sums);
     });
   });
   return means;

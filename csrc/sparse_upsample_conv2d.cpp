@@ -7,6 +7,7 @@
 
 #include "binding.h"
 #include "cpu/sparse_rows.h"
+#include "load.h"
 #include "scratch.h"
 
 namespace sparse_gen {
@@ -159,11 +160,11 @@ void clear_tail(T* row, int64_t length) {
 
 // One strip of channels first .. last - 1 in rows of whole cache lines, zeros behind the last position.
 template <class T>
-void pack_strip(const UpLayer& layer, const T* x, int64_t strip, int64_t first, int64_t last, T* to) {
+void pack_strip(const UpLayer& layer, const T* x, const Load<T>* load, int64_t strip, int64_t first, int64_t last, T* to) {
   const int64_t length = layer.strip_length(strip), stride = layer.image.strip_stride;
   const T* from = x + layer.strip_begin(strip) * layer.image.width;
   for (int64_t c = first; c < last; ++c) {
-    std::memcpy(to + c * stride, from + c * layer.pixels(), length * sizeof(T));
+    read_pixels(from + c * layer.pixels(), to + c * stride, length, load ? load + c : nullptr);
     clear_tail(to + c * stride, length);
   }
 }
@@ -180,12 +181,12 @@ void assemble(const UpLayer& layer, const T* planes, int64_t strip, int64_t firs
 
 // The output of one experiment.
 template <class T>
-void forward(UpLayer layer, const SparseRows<T>& weights, const T* x, const T* bias, T* out) {
+void forward(UpLayer layer, const SparseRows<T>& weights, const T* x, const Load<T>* load, const T* bias, T* out) {
   const int64_t stride = layer.image.strip_stride, taps = layer.taps();
   if (layer.strips == 1) {
     T* source = scratch<T>(kShared, layer.in_channels * stride);
     torch::stable::parallel_for(0, layer.in_channels, 8, [&](int64_t first, int64_t last) {
-      pack_strip(layer, x, 0, first, last, source);
+      pack_strip(layer, x, load, 0, first, last, source);
     });
     torch::stable::parallel_for(0, layer.out_channels, 1, [&](int64_t first, int64_t last) {
       T* planes = scratch<T>(kPlanes, (last - first) * taps * stride);
@@ -210,7 +211,7 @@ void forward(UpLayer layer, const SparseRows<T>& weights, const T* x, const T* b
         constexpr int64_t line = kLine / sizeof(T);
         const int64_t begin = layer.strip_begin(next), rows = std::min(last_row, layer.strip_end(next)) - begin;
         const int64_t skipped = std::max<int64_t>(0, first_row - begin) * layer.image.width / line * line;
-        pack_strip(layer, x, next, 0, layer.in_channels, source);
+        pack_strip(layer, x, load, next, 0, layer.in_channels, source);
         SPARSE_GEN_DISPATCH(multiply_rows, weights, 0, layer.planes(), source + skipped,
                             planes + next % layer.image.slots * stride + skipped, plane_stride,
                             rows * layer.image.width - skipped, layer.tiles, false);
@@ -234,7 +235,8 @@ void spread(const UpLayer& layer, const T* grad_out, int64_t strip, int64_t firs
 
 // The gradients of one experiment; either may be null.
 template <class T>
-void backward(const UpLayer& layer, const Tables<T>& tables, const T* grad_out, const T* x, T* grad_x, T* grad_values) {
+void backward(const UpLayer& layer, const Tables<T>& tables, const T* grad_out, const T* x, const Load<T>* load, T* grad_x,
+              T* grad_values) {
   const int64_t stride = layer.image.strip_stride, taps = layer.taps(), pixels = layer.pixels();
   const SparseRows<T> to_planes = tables.to_planes(), to_inputs = tables.to_inputs();
   // Adds one block's part to the gradient of input channels first .. last - 1.
@@ -250,7 +252,7 @@ void backward(const UpLayer& layer, const Tables<T>& tables, const T* grad_out, 
       spread(layer, grad_out, 0, first, last, planes + first * taps * stride);
     });
     torch::stable::parallel_for(0, layer.in_channels, 4, [&](int64_t first, int64_t last) {
-      if (grad_values) pack_strip(layer, x, 0, first, last, source);
+      if (grad_values) pack_strip(layer, x, load, 0, first, last, source);
       if (!grad_x) return;
       T* sums = scratch<T>(kRows, (last - first) * stride);
       for (int64_t b = 0; b < layer.blocks; ++b)
@@ -284,7 +286,7 @@ void backward(const UpLayer& layer, const Tables<T>& tables, const T* grad_out, 
       std::memset(sums, 0, sums_size * sizeof(T));
       for (int64_t strip = part * layer.strips / parts; strip < (part + 1) * layer.strips / parts; ++strip) {
         const int64_t length = layer.strip_length(strip);
-        if (grad_values) pack_strip(layer, x, strip, 0, layer.in_channels, source);
+        if (grad_values) pack_strip(layer, x, load, strip, 0, layer.in_channels, source);
         for (int64_t b = 0; b < layer.blocks; ++b) {
           const int64_t o = b * layer.block, end = std::min(layer.out_channels, o + layer.block);
           spread(layer, grad_out, strip, o, end, planes);
@@ -308,11 +310,12 @@ void backward(const UpLayer& layer, const Tables<T>& tables, const T* grad_out, 
 }  // namespace
 
 // x (E, in, h, w), values (E, kept); by_tap (out * taps + 1,) and tap_order (kept,) group the weights by output
-// channel and tap, by_input (in + 1,) and input_order by input channel.
+// channel and tap, by_input (in + 1,) and input_order by input channel; load (E, in, 5) is applied to x, if given.
 Tensor sparse_upsample_conv2d(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
                               const Tensor& taps, const Tensor& by_tap, const Tensor& tap_order,
                               const Tensor& by_input, const Tensor& input_order, int64_t out_channels,
-                              int64_t kernel_h, int64_t kernel_w, int64_t padding, int64_t mode) {
+                              int64_t kernel_h, int64_t kernel_w, int64_t padding, int64_t mode,
+                              const std::optional<Tensor>& load) {
   Tensor out = torch::stable::empty({x.size(0), out_channels, 2 * x.size(2), 2 * x.size(3)}, x.scalar_type());
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
@@ -322,7 +325,7 @@ Tensor sparse_upsample_conv2d(const Tensor& x, const Tensor& values, const std::
     for (int64_t e = 0; e < x.size(0); ++e) {
       tables.fill(values.const_data_ptr<T>() + e * values.size(1));
       forward(layer, tables.to_planes(), x.const_data_ptr<T>() + e * layer.in_channels * pixels,
-              bias ? bias->const_data_ptr<T>() + e * out_channels : nullptr,
+              loads_of<T>(load, e), bias ? bias->const_data_ptr<T>() + e * out_channels : nullptr,
               out.mutable_data_ptr<T>() + e * out_channels * 4 * pixels);
     }
   });
@@ -334,7 +337,8 @@ std::tuple<Tensor, Tensor> sparse_upsample_conv2d_backward(const Tensor& grad_ou
                                                            const Tensor& by_tap, const Tensor& tap_order,
                                                            const Tensor& by_input, const Tensor& input_order,
                                                            int64_t out_channels, int64_t kernel_h, int64_t kernel_w,
-                                                           int64_t padding, int64_t mode, bool needs_grad_x,
+                                                           int64_t padding, int64_t mode,
+                                                           const std::optional<Tensor>& load, bool needs_grad_x,
                                                            bool needs_grad_values) {
   Tensor grad_x = needs_grad_x ? torch::stable::empty_like(x) : torch::stable::empty({0}, x.scalar_type());
   Tensor grad_values = needs_grad_values ? torch::stable::empty_like(values) : torch::stable::empty({0}, x.scalar_type());
@@ -346,7 +350,8 @@ std::tuple<Tensor, Tensor> sparse_upsample_conv2d_backward(const Tensor& grad_ou
     for (int64_t e = 0; e < x.size(0); ++e) {
       tables.fill(values.const_data_ptr<T>() + e * kept);
       backward(layer, tables, grad_out.const_data_ptr<T>() + e * out_channels * 4 * layer.pixels(),
-               x.const_data_ptr<T>() + e * image, needs_grad_x ? grad_x.mutable_data_ptr<T>() + e * image : nullptr,
+               x.const_data_ptr<T>() + e * image, loads_of<T>(load, e),
+               needs_grad_x ? grad_x.mutable_data_ptr<T>() + e * image : nullptr,
                needs_grad_values ? grad_values.mutable_data_ptr<T>() + e * kept : nullptr);
     }
   });

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparse_gen.ops.norm_load import apply_load
+import sparse_gen.ops.norm_load  # noqa: F401  (registers the operators)
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
 ops = torch.ops.sparse_gen
@@ -48,7 +48,7 @@ def test_load_and_gradients(instruction_set, size, slope, second, dtype):
     # In front of a second normalisation the exact gradients of the first γ and β nearly vanish (at slope 1 they are 0):
     # their rounding is that of the sums they are made of, of which γ₂'s gradient has the size.
     floor = wanted[3].norm() if second else 0
-    for got, want in zip([apply_load(x, load), *grads], [expected, *wanted], strict=False):
+    for got, want in zip([ops.apply_load(x, load), *grads], [expected, *wanted], strict=False):
         assert (got.double() - want).norm() <= TOLERANCE[dtype] * max(want.norm(), floor)
     if not second:
         assert all((grad == 0).all() for grad in grads[3:])
@@ -72,4 +72,5 @@ def test_opcheck():
     for more in ((None, None), (gamma2, beta2)):
         torch.library.opcheck(ops.norm_load, (x, gamma, beta, 1e-5, 0.2, *more, 1e-5))
         _, moments = ops.norm_load(x, gamma, beta, 1e-5, 0.2, *more, 1e-5)
+        torch.library.opcheck(ops.apply_load, (x, ops.norm_load(x, gamma, beta, 1e-5, 0.2, *more, 1e-5)[0]))
         torch.library.opcheck(ops.norm_load_backward, (gradient, x, gamma, beta, 0.2, *more, moments))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sparse_gen.ops.norm_load import apply_load_reference
 from sparse_gen.ops.pooled_means import pooled_means
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
@@ -36,6 +37,16 @@ def test_output_and_gradient(instruction_set, size, padding, mode, dtype):
         assert (a.double() - b).norm() <= TOLERANCE[dtype] * b.norm()
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("size", [(4, 4), (5, 33), (18, 16)])
+def test_an_image_read_through_a_load(instruction_set, mode, size):
+    torch.manual_seed(0)
+    x, load = torch.randn(2, 3, *size), torch.randn(2, 3, 5)
+    means = torch.ops.sparse_gen.pooled_means
+    expected = means(apply_load_reference(x, load), None, 3, mode)
+    torch.testing.assert_close(means(x, load, 3, mode), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_single_pixel_is_padded_first():
     out = pooled_means(torch.ones(1, 1, 1, 1), padding=1, padding_mode="replicate")
     assert torch.equal(out, torch.ones(1, 1, 2, 2))
@@ -44,7 +55,7 @@ def test_a_single_pixel_is_padded_first():
 def test_gradcheck_and_opcheck():
     x = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: pooled_means(x, padding=2, padding_mode="reflect"), x)
-    torch.library.opcheck(torch.ops.sparse_gen.pooled_means, (x, 2, 1))
+    torch.library.opcheck(torch.ops.sparse_gen.pooled_means, (x, None, 2, 1))
     torch.library.opcheck(torch.ops.sparse_gen.pooled_means_backward, (torch.randn(1, 2, 8, 9), 2, 1))
 
 

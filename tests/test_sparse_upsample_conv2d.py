@@ -75,6 +75,22 @@ def test_any_shape(channels, kernel, size, mode, density, experiments):
     assert_equal((*channels, kernel, kernel), size, mode=mode, density=density, experiments=experiments)
 
 
+@pytest.mark.parametrize("size", [(5, 7), (70, 33)])
+def test_an_image_read_through_a_load(instruction_set, size):
+    torch.manual_seed(0)
+    pattern = TapPattern.of(torch.rand(4, 3, 3, 3) < 0.4)
+    inner = pattern.pattern
+    parts = (inner.taps, pattern.by_tap, pattern.tap_order, inner.by_input, inner.input_order, 4, 3, 3, 1, 1)
+    x, load, values = torch.randn(2, 3, *size), torch.randn(2, 3, 5), torch.randn(2, len(inner.index))
+    gradient = torch.randn(2, 4, 2 * size[0], 2 * size[1])
+    ops, loaded = torch.ops.sparse_gen, torch.ops.sparse_gen.apply_load(x, load)
+    out = ops.sparse_upsample_conv2d(x, values, None, *parts, load)
+    torch.testing.assert_close(out, ops.sparse_upsample_conv2d(loaded, values, None, *parts, None))
+    got = ops.sparse_upsample_conv2d_backward(gradient, x, values, *parts, load, True, True)
+    want = ops.sparse_upsample_conv2d_backward(gradient, loaded, values, *parts, None, True, True)
+    torch.testing.assert_close(got, want)
+
+
 def test_gradcheck_and_opcheck():
     mask, _ = random_mask((3, 2, 3, 3), 0.5)
     pattern = TapPattern.of(mask)
@@ -88,7 +104,7 @@ def test_gradcheck_and_opcheck():
 
         assert torch.autograd.gradcheck(function, leaves)
     inner = pattern.pattern
-    parts = (inner.taps, pattern.by_tap, pattern.tap_order, inner.by_input, inner.input_order, 3, 3, 3, 1, 1)
+    parts = (inner.taps, pattern.by_tap, pattern.tap_order, inner.by_input, inner.input_order, 3, 3, 3, 1, 1, None)
     torch.library.opcheck(torch.ops.sparse_gen.sparse_upsample_conv2d, (*leaves, *parts))
     x, values, _ = (leaf.detach() for leaf in leaves)
     gradient = torch.randn(2, 3, 6, 8, dtype=torch.float64)

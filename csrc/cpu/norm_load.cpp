@@ -28,6 +28,15 @@ void make_load(const T* x, long long count, const ChannelNorms<T>& norms, double
 }
 
 template <class T>
+void apply(const T* x, T* y, long long count, const Load<T>& load) {
+  using V = typename Vector<T>::type;
+  for (long long i = 0; i < count; i += kWidth<T>) {
+    const V z = load_within(x, i, count) * load.factor + load.shift;
+    store_within(y, i, count, (z > 0 ? z : z * load.slope) * load.factor2 + load.shift2);
+  }
+}
+
+template <class T>
 void backward(const T* grad, const T* x, T* grad_x, long long count, const ChannelNorms<T>& norms,
               const ChannelMoments<T>& m, ChannelGradients<T>* result) {
   using V = typename Vector<T>::type;
@@ -79,6 +88,8 @@ void norm_load(const double* x, long long count, const ChannelNorms<double>& nor
                Load<double>* load, ChannelMoments<double>* moments) {
   make_load(x, count, norms, eps, eps2, load, moments);
 }
+void apply_load(const float* x, float* y, long long count, const Load<float>& load) { apply(x, y, count, load); }
+void apply_load(const double* x, double* y, long long count, const Load<double>& load) { apply(x, y, count, load); }
 void norm_load_backward(const float* grad, const float* x, float* grad_x, long long count,
                         const ChannelNorms<float>& norms, const ChannelMoments<float>& moments,
                         ChannelGradients<float>* result) {

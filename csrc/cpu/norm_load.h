@@ -36,6 +36,10 @@ SPARSE_GEN_DECLARE(
   void norm_load(const double* x, long long count, const ChannelNorms<double>&, double eps, double eps2, Load<double>* load,
                  ChannelMoments<double>* moments);
 
+  // What a reader sees of `count` pixels of a channel.
+  void apply_load(const float* x, float* y, long long count, const Load<float>&);
+  void apply_load(const double* x, double* y, long long count, const Load<double>&);
+
   // Its gradients from that of what the reader saw; grad_x may be grad.
   void norm_load_backward(const float* grad, const float* x, float* grad_x, long long count, const ChannelNorms<float>&,
                           const ChannelMoments<float>&, ChannelGradients<float>*);

@@ -35,15 +35,39 @@ void accumulate(const T* __restrict from, T* __restrict to, long long count) {
   for (long long i = 0; i < count; ++i) to[i] += from[i];
 }
 
+// The rows of an image, each read through the load once while its neighbours are asked for in turn.
 template <class T>
-void forward(const PaddedImage& p, const T* x, T* means, T* sums) {
+class LoadedRows {
+ public:
+  LoadedRows(const T* x, long long width, const Load<T>* load, T* room) : x_(x), width_(width), load_(load), room_(room) {}
+
+  const T* row(long long y) {
+    if (!load_) return x_ + y * width_;
+    const int slot = y & 1;
+    T* to = room_ + slot * width_;
+    if (held_[slot] != y) apply_load(x_ + y * width_, to, width_, *load_);
+    held_[slot] = y;
+    return to;
+  }
+
+ private:
+  const T* x_;
+  long long width_;
+  const Load<T>* load_;
+  T* room_;
+  long long held_[2] = {-1, -1};
+};
+
+template <class T>
+void forward(const PaddedImage& p, const T* x, const Load<T>* load, T* means, T* sums) {
+  LoadedRows<T> image(x, p.width, load, sums + p.width + 2 * p.padding);
   for (long long r = 0; r < p.rows(); ++r) {
     // Sums of two padded rows; at a zero row the other one alone.
     const long long upper = image_row(p, r), lower = image_row(p, r + 1);
     const T* rows[2];
     int found = 0;
-    if (upper >= 0) rows[found++] = x + upper * p.width;
-    if (lower >= 0) rows[found++] = x + lower * p.width;
+    if (upper >= 0) rows[found++] = image.row(upper);
+    if (lower >= 0) rows[found++] = image.row(lower);
     T* inside = sums + p.padding;
     if (found == 2)
       add_two(rows[0], rows[1], inside, p.width);
@@ -76,8 +100,12 @@ void gradient(const PaddedImage& p, const T* grad_means, T* grad_x, T* sums) {
 
 }  // namespace
 
-void pooled_means(const PaddedImage& p, const float* x, float* means, float* scratch) { forward(p, x, means, scratch); }
-void pooled_means(const PaddedImage& p, const double* x, double* means, double* scratch) { forward(p, x, means, scratch); }
+void pooled_means(const PaddedImage& p, const float* x, const Load<float>* load, float* means, float* scratch) {
+  forward(p, x, load, means, scratch);
+}
+void pooled_means(const PaddedImage& p, const double* x, const Load<double>* load, double* means, double* scratch) {
+  forward(p, x, load, means, scratch);
+}
 void pooled_means_gradient(const PaddedImage& p, const float* grad_means, float* grad_x, float* scratch) {
   gradient(p, grad_means, grad_x, scratch);
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "isa.h"
+#include "norm_load.h"
 
 namespace sparse_gen {
 
@@ -14,9 +15,10 @@ struct PaddedImage {
 
 // clang-format off
 SPARSE_GEN_DECLARE(
-  // The mean of every 2×2 window of the padded image, at stride 1. scratch holds width + 2 * padding elements.
-  void pooled_means(const PaddedImage&, const float* x, float* means, float* scratch);
-  void pooled_means(const PaddedImage&, const double* x, double* means, double* scratch);
+  // The mean of every 2×2 window of the padded image, at stride 1; the image is read through a load, if there is one.
+  // scratch holds 3 * (width + 2 * padding) elements.
+  void pooled_means(const PaddedImage&, const float* x, const Load<float>* load, float* means, float* scratch);
+  void pooled_means(const PaddedImage&, const double* x, const Load<double>* load, double* means, double* scratch);
 
   // The adjoint: grad_x from the means' gradient.
   void pooled_means_gradient(const PaddedImage&, const float* grad_means, float* grad_x, float* scratch);

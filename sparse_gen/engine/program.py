@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from sparse_gen.engine.graph import Call, Concat, Conv, Graph, Norm, Select
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.layouts import make_step
 from sparse_gen.engine.slots import Slots
-from sparse_gen.engine.steps import CallStep, ConcatStep, NormHeadStep, NormStep, Step
+from sparse_gen.engine.steps import CallStep, ConcatStep, NormHeadStep, NormLoadStep, NormStep, Step
 from sparse_gen.ops.norm_head import MOST_CHANNELS
 
 # Chooses the layout of a convolution from its mask inside the live channels.
@@ -26,8 +26,9 @@ class _Stage:
     step: Step
     inputs: tuple[int, ...]
     selections: tuple[torch.Tensor | None, ...]
-    slots: range
+    slots: tuple[int, ...]
     value: int
+    norm: Norm | None = None
 
 
 class Program:
@@ -55,7 +56,10 @@ class Program:
         place = torch.where(keep, keep.cumsum(0) - 1, -1).cpu()
         self._build(graph, layout.views(place), choose)
         self._slots.finish(device)
+        self._stages = _leave_norms_to_readers(self._stages)
         self._static = self._static_values(graph)
+        for stage in self._stages:
+            stage.step.constant_input = self._static.issuperset(stage.inputs)
         self._last_reader = self._last_readers()
 
     def _build(self, graph: Graph, places: dict[str, torch.Tensor], choose: Choose) -> None:
@@ -99,8 +103,9 @@ class Program:
                 if node.op.channelwise is None:
                     wanted = [channels[x] for x in inputs]
             selections = tuple(_positions(channels[x], w) for x, w in zip(inputs, wanted, strict=True))
-            slots = range(first, self._slots.count)
-            self._stages.append(_Stage(step or _Identity(), tuple(inputs), selections, slots, value))
+            slots = tuple(range(first, self._slots.count))
+            norm = node.op if isinstance(node.op, Norm) else None
+            self._stages.append(_Stage(step or _Identity(), tuple(inputs), selections, slots, value, norm))
 
     def _conv(self, conv: Conv, into: torch.Tensor, out: torch.Tensor, places, choose: Choose) -> Step:
         mask = self.compaction.weights[conv.weight][out][:, into]
@@ -151,7 +156,7 @@ class Program:
             if stage.value in given:
                 continue
             inputs = [_taken(known[x], s) for x, s in zip(stage.inputs, stage.selections, strict=True)]
-            own = parameters[stage.slots.start : stage.slots.stop]
+            own = [parameters[slot] for slot in stage.slots]
             known[stage.value], kept = stage.step.forward(inputs, own, tape is not None)
             if tape is not None:
                 tape.append((stage, kept, own))
@@ -189,6 +194,35 @@ class Program:
             if 0 in gradients:
                 grad_z.index_copy_(1, live, gradients[0])
         return self._slots.write(parameter_gradients, values), grad_z
+
+
+def _leave_norms_to_readers(stages: list[_Stage]) -> list[_Stage]:
+    """The same stages with normalisations, and pairs of them, that only readers of loads read turned into loads."""
+    readers: dict[int, list[_Stage]] = {}
+    for stage in stages:
+        for x, selection in zip(stage.inputs, stage.selections, strict=True):
+            readers.setdefault(x, []).append(stage if selection is None else None)
+
+    def can_be_left(stage: _Stage) -> bool:
+        reading = readers.get(stage.value, [])
+        return bool(reading) and all(reader is not None and reader.step.reads_loads for reader in reading)
+
+    made: dict[int, _Stage | None] = {}
+    by_value = {stage.value: stage for stage in stages}
+    for stage in stages:
+        if stage.norm is None or not can_be_left(stage):
+            continue
+        before = by_value.get(stage.inputs[0])
+        pair = before is not None and before.norm is not None and readers[before.value] == [stage]
+        if pair and stage.norm.slope == 1.0 and stage.selections == (None,):
+            step = NormLoadStep(before.norm, stage.norm)
+            made[before.value] = None
+            made[stage.value] = replace(
+                stage, step=step, inputs=before.inputs, selections=before.selections, slots=before.slots + stage.slots
+            )
+        else:
+            made[stage.value] = replace(stage, step=NormLoadStep(stage.norm))
+    return [left for stage in stages if (left := made.get(stage.value, stage)) is not None]
 
 
 def _heads(graph: Graph, compaction: Compaction) -> dict[int, int]:

@@ -7,7 +7,7 @@ found again from it.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -24,13 +24,27 @@ Tensors = list[torch.Tensor]
 Gradients = list[torch.Tensor | None]
 
 
+class Loaded(NamedTuple):
+    """A value that its readers see through a load, see `norm_load`: x (1, C, H, W) and load (1, C, 5)."""
+
+    x: torch.Tensor
+    load: torch.Tensor | None
+
+
 class Step:
     """One stage of one experiment.
 
     `forward(inputs, parameters, trains)` gives the value and what is kept for the backward, if there will be one;
     `backward(gradient, kept, parameters, needs)` the gradients of the inputs (None where `needs` says so) and of the
     parameters.
+
+    Attributes:
+        reads_loads: whether an input may be `Loaded`; its gradient is then that of what a reader sees.
+        constant_input: whether the input is the same at every step, so that what is made of it can be kept.
     """
+
+    reads_loads = False
+    constant_input = False
 
     def forward(self, inputs: Tensors, parameters: Tensors, trains: bool) -> tuple[torch.Tensor, Any]:
         raise NotImplementedError
@@ -111,6 +125,31 @@ class NormStep(Step):
         return [grad_x], [grad[0] for grad in grads]
 
 
+class NormLoadStep(Step):
+    """`norm_load`: a normalisation, or two in a row, that the readers apply."""
+
+    def __init__(self, norm: Norm, second: Norm | None = None):
+        self._eps, self._slope = norm.eps, norm.slope
+        self._second_eps = 0.0 if second is None else second.eps
+
+    def forward(self, inputs, parameters, trains):
+        x = inputs[0].contiguous()
+        gamma, beta, gamma2, beta2 = self._rows(parameters)
+        load, moments = ops.norm_load(x, gamma, beta, self._eps, self._slope, gamma2, beta2, self._second_eps)
+        return Loaded(x, load), (x, moments)
+
+    def backward(self, gradient, kept, parameters, needs):
+        x, moments = kept
+        gamma, beta, gamma2, beta2 = self._rows(parameters)
+        arguments = (gradient.contiguous(), x, gamma, beta, self._slope, gamma2, beta2, moments)
+        grad_x, *grads = ops.norm_load_backward(*arguments)
+        return [grad_x], [grad[0] for grad in grads[: len(parameters)]]
+
+    @staticmethod
+    def _rows(parameters):
+        return [*(parameter[None] for parameter in parameters), None, None][:4]
+
+
 class NormHeadStep(Step):
     """`norm_head`: a normalisation and the 1×1 convolution to a few channels that alone reads it."""
 
@@ -158,30 +197,43 @@ class SparseConvStep(Step):
     """`sparse_conv2d`; a 2×2 pool behind it becomes stride 2 on the 2×2 means of the padded input."""
 
     layout = "sparse"
+    reads_loads = True
 
     def __init__(self, conv: Conv, mask: torch.Tensor):
         stride = 2 if conv.pool else conv.stride
         pattern = SparsePattern.of(mask, stride)
-        self._pool, self._means = conv.pool, PooledMeans(conv.padding, conv.padding_mode)
-        padding, mode = (0, "zeros") if conv.pool else (conv.padding, conv.padding_mode)
+        self._pool, self._padding = conv.pool, (conv.padding, PADDING_MODES.index(conv.padding_mode))
+        padding, mode = (0, 0) if conv.pool else self._padding
         out_channels, _, kernel_h, kernel_w = mask.shape
         self._pattern = (pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order)
-        self._pattern += (out_channels, kernel_h, kernel_w, stride, padding, PADDING_MODES.index(mode))
+        self._pattern += (out_channels, kernel_h, kernel_w, stride, padding, mode)
+        self._known: tuple[weakref.ref, torch.Tensor] | None = None
+
+    def _source(self, given: torch.Tensor | Loaded) -> torch.Tensor:
+        if self.constant_input and self._known is not None and self._known[0]() is given:
+            return self._known[1]
+        x, load = given if isinstance(given, Loaded) else (given.contiguous(), None)
+        if self._pool:
+            source = ops.pooled_means(x, load, *self._padding)
+        else:
+            source = x if load is None else ops.apply_load(x, load)
+        if self.constant_input:
+            self._known = weakref.ref(given), source
+        return source
 
     def forward(self, inputs, parameters, trains):
-        x, (values, *bias) = inputs[0], parameters
-        source = self._means.of(x) if self._pool else x.contiguous()
-        y = ops.sparse_conv2d(source, values[None], bias[0][None] if bias else None, *self._pattern)
-        return y, x
+        values, *bias = parameters
+        y = ops.sparse_conv2d(self._source(inputs[0]), values[None], bias[0][None] if bias else None, *self._pattern)
+        return y, inputs[0]
 
     def backward(self, gradient, kept, parameters, needs):
         values, *bias = parameters
         gradient = gradient.contiguous()
-        # The means are made again rather than kept: they are as large as what they are made from.
-        source = self._means.of(kept) if self._pool else kept.contiguous()
-        grad_x, grad_values = ops.sparse_conv2d_backward(gradient, source, values[None], *self._pattern, needs[0], True)
+        # The source is made again rather than kept: it is as large as what it is made from.
+        arguments = (gradient, self._source(kept), values[None], *self._pattern, needs[0], True)
+        grad_x, grad_values = ops.sparse_conv2d_backward(*arguments)
         if needs[0] and self._pool:
-            grad_x = self._means.gradient(grad_x)
+            grad_x = ops.pooled_means_backward(grad_x, *self._padding)
         grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
         return [grad_x if needs[0] else None], [grad_values[0], *grad_bias]
 
@@ -190,6 +242,7 @@ class TapConvStep(Step):
     """`sparse_upsample_conv2d`: every tap on the small image."""
 
     layout = "taps"
+    reads_loads = True
 
     def __init__(self, conv: Conv, mask: torch.Tensor):
         taps = TapPattern.of(mask)
@@ -199,13 +252,15 @@ class TapConvStep(Step):
         self._pattern += (out_channels, kernel_h, kernel_w, conv.padding, PADDING_MODES.index(conv.padding_mode))
 
     def forward(self, inputs, parameters, trains):
-        x, (values, *bias) = inputs[0].contiguous(), parameters
-        return ops.sparse_upsample_conv2d(x, values[None], bias[0][None] if bias else None, *self._pattern), x
+        given = inputs[0] if isinstance(inputs[0], Loaded) else Loaded(inputs[0].contiguous(), None)
+        values, *bias = parameters
+        arguments = (given.x, values[None], bias[0][None] if bias else None, *self._pattern, given.load)
+        return ops.sparse_upsample_conv2d(*arguments), given
 
     def backward(self, gradient, kept, parameters, needs):
         values, *bias = parameters
         gradient = gradient.contiguous()
-        arguments = (gradient, kept, values[None], *self._pattern, needs[0], True)
+        arguments = (gradient, kept.x, values[None], *self._pattern, kept.load, needs[0], True)
         grad_x, grad_values = ops.sparse_upsample_conv2d_backward(*arguments)
         grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
         return [grad_x if needs[0] else None], [grad_values[0], *grad_bias]
@@ -229,26 +284,6 @@ class UpsampledSparseConvStep(Step):
             large = upsample(small, self._kind)
         grads, own = self._inner.backward(gradient, large.detach(), parameters, needs)
         return [torch.autograd.grad(large, small, grads[0])[0] if needs[0] else None], own
-
-
-class PooledMeans:
-    """`pooled_means`, kept as long as the same unchanged image comes again: the input z does."""
-
-    def __init__(self, padding: int, padding_mode: str):
-        self._padding = padding, PADDING_MODES.index(padding_mode)
-        self._known: tuple[weakref.ref, int, torch.Tensor] | None = None
-
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        if self._known is not None:
-            known, version, means = self._known
-            if known() is x and x._version == version:
-                return means
-        means = ops.pooled_means(x.contiguous(), *self._padding)
-        self._known = weakref.ref(x), x._version, means
-        return means
-
-    def gradient(self, grad_means: torch.Tensor) -> torch.Tensor:
-        return ops.pooled_means_backward(grad_means, *self._padding)
 
 
 def upsample(x: torch.Tensor, kind: str) -> torch.Tensor:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 
 from sparse_gen.ops.dispatch import LIBRARY, register_operator
+from sparse_gen.ops.norm_load import apply_load_reference
 
 PADDING_MODES = ("zeros", "reflect", "replicate")
 TORCH_MODES = ("constant", "reflect", "replicate")
 
 
-def register_sparse_convolution(pattern: str, *, reference: Callable, fake: Callable) -> None:
+def register_sparse_convolution(pattern: str, *, reference: Callable, fake: Callable, loads: bool = False) -> None:
     """Define the operator of a reference, its backward operator, and its autograd.
 
     The operator is <stem>(x, values, bias, <pattern>) -> out; <stem>_backward takes the output's gradient in front
@@ -22,11 +23,28 @@ def register_sparse_convolution(pattern: str, *, reference: Callable, fake: Call
         pattern: the schema of the arguments that say which weights these are.
         reference: takes (x, values, bias, *pattern); its module's name is the stem.
         fake: the same for shapes only.
+        loads: whether the operators end with a load (E, in, 5), or None, that is applied to x; the gradient they give
+            is then that of the loaded image.
     """
     stem = reference.__module__.rpartition(".")[2]
+    load_schema = ", Tensor? load" if loads else ""
+
+    def loaded(x, given):
+        if not loads:
+            return x, given
+        *given, load = given
+        return x if load is None else apply_load_reference(x, load), given
+
+    def run_reference(x, values, bias, *given):
+        x, given = loaded(x, given)
+        return reference(x, values, bias, *given)
+
+    def run_fake(x, values, bias, *given):
+        return fake(x, values, bias, *(given[:-1] if loads else given))
 
     def backward_reference(grad_out, x, values, *rest):
         *given, needs_grad_x, needs_grad_values = rest
+        x, given = loaded(x, given)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_(), values.detach().requires_grad_()]
             grad_x, grad_values = torch.autograd.grad(reference(*leaves, None, *given), leaves, grad_out)
@@ -38,10 +56,13 @@ def register_sparse_convolution(pattern: str, *, reference: Callable, fake: Call
         return grad_x, torch.empty_like(values) if needs_grad_values else x.new_empty(0)
 
     register_operator(
-        f"{stem}(Tensor x, Tensor values, Tensor? bias, {pattern}) -> Tensor", reference=reference, fake=fake, stem=stem
+        f"{stem}(Tensor x, Tensor values, Tensor? bias, {pattern}{load_schema}) -> Tensor",
+        reference=run_reference,
+        fake=run_fake,
+        stem=stem,
     )
     register_operator(
-        f"{stem}_backward(Tensor grad_out, Tensor x, Tensor values, {pattern},"
+        f"{stem}_backward(Tensor grad_out, Tensor x, Tensor values, {pattern}{load_schema},"
         " bool needs_grad_x, bool needs_grad_values) -> (Tensor, Tensor)",
         reference=backward_reference,
         fake=backward_fake,

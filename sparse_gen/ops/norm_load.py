@@ -3,7 +3,8 @@
     v = factor₂ · LeakyReLU(factor · x + shift) + shift₂,
 
 with one such *load* a channel, takes in a normalisation with its activation and, if wanted, a second normalisation
-behind it. The backward goes through both in three passes over the channel.
+behind it. The backward goes through both in three passes over the channel. `apply_load` is for those who cannot read
+that way: x (E, C, H, W) and load (E, C, 5) to what a reader sees.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from sparse_gen.ops.norm_act import norm_act_backward_reference, norm_act_refere
 LOAD = 5
 
 
-def apply_load(x: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
-    """What a reader of x (E, C, H, W) with load (E, C, 5) sees."""
+def apply_load_reference(x, load):
     factor, shift, slope, factor2, shift2 = (part[..., None] for part in load.split(1, dim=-1))
     z = x * factor + shift
     return torch.where(z > 0, z, slope * z) * factor2 + shift2
@@ -52,6 +52,11 @@ def norm_load_backward_reference(grad, x, gamma, beta, slope, gamma2, beta2, mom
     return *norm_act_backward_reference(grad_y, x, gamma, beta, mean, rstd, slope), *second
 
 
+register_operator(
+    "apply_load(Tensor x, Tensor load) -> Tensor",
+    reference=apply_load_reference,
+    fake=lambda x, load: torch.empty_like(x),
+)
 register_operator(
     "norm_load(Tensor x, Tensor gamma, Tensor beta, float eps, float slope, Tensor? gamma2, Tensor? beta2, float eps2)"
     " -> (Tensor, Tensor)",

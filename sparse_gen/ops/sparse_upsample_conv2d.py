@@ -64,6 +64,7 @@ register_sparse_convolution(
     " int out_channels, int kernel_h, int kernel_w, int padding, int mode",
     reference=sparse_upsample_conv2d_reference,
     fake=_fake,
+    loads=True,
 )
 
 
@@ -98,7 +99,7 @@ def sparse_upsample_conv2d(
     return torch.ops.sparse_gen.sparse_upsample_conv2d(
         x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous(),
         pattern.pattern.taps, pattern.by_tap, pattern.tap_order, pattern.pattern.by_input,
-        pattern.pattern.input_order, out_channels, kernel_h, kernel_w, padding, PADDING_MODES.index(padding_mode),
+        pattern.pattern.input_order, out_channels, kernel_h, kernel_w, padding, PADDING_MODES.index(padding_mode), None,
     )  # fmt: skip
 
 
