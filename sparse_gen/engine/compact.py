@@ -21,7 +21,8 @@ class Compaction:
     """What is left of each value and parameter.
 
     Attributes:
-        channels: for each value the channels that are computed, ascending.
+        channels: for each value the channels that are computed, ascending; where none is needed but a size, one that
+            no weight serves.
         weights: convolution's value → bool of the weight's shape, the kept weights that reach the output from there.
         biases: the same for the biases, the kept entries that can change the output.
 
@@ -46,12 +47,12 @@ def compact(graph: Graph, keep: dict[str, torch.Tensor]) -> Compaction:
     """
     constant, zero = _constants(graph, keep)
     shifts = _shifted_away(graph)
-    needed = [torch.zeros(_channels(graph, v), dtype=torch.bool) for v in range(len(graph.nodes) + 1)]
+    needed, sizing = ([torch.zeros(_channels(graph, v), dtype=torch.bool) for v in range(len(zero))] for _ in range(2))
     needed[-1][:] = True
     weights, biases = {}, {}
     for number in reversed(range(len(graph.nodes))):
-        node, wanted = graph.nodes[number], needed[number + 1]
-        if not wanted.any():
+        node, wanted, sized = graph.nodes[number], needed[number + 1], sizing[number + 1]
+        if not (wanted | sized).any():
             continue
         if isinstance(node.op, Conv):
             (x,) = node.inputs
@@ -63,12 +64,17 @@ def compact(graph: Graph, keep: dict[str, torch.Tensor]) -> Compaction:
             weights[number + 1] = used
             needed[x] |= used.any(dim=3).any(dim=2).any(dim=0)
             if not needed[x].any():
-                needed[x][0] = True  # something has to say the size, where no weight is left
+                sizing[x][0] = True  # something has to say the size, where no weight is left
             if node.op.bias is not None:
                 biases[number + 1] = keep[node.op.bias] & wanted & (not shifts[number + 1])
+        elif isinstance(node.op, Call) and node.op.channelwise is None:
+            wanted[:] = True  # such a call gives all of its channels and takes all
+            for x in node.inputs:
+                needed[x][:] = True
         else:
             _need_through(node, wanted, needed)
-    return Compaction([n.nonzero()[:, 0] for n in needed], weights, biases)
+            _need_through(node, sized, sizing)
+    return Compaction([(n | s).nonzero()[:, 0] for n, s in zip(needed, sizing, strict=True)], weights, biases)
 
 
 def _channels(graph: Graph, value: int) -> int:
@@ -82,11 +88,8 @@ def _need_through(node: Node, wanted: torch.Tensor, needed: list[torch.Tensor]) 
         for x, part in zip(node.inputs, wanted.split([len(needed[x]) for x in node.inputs]), strict=True):
             needed[x] |= part
     else:
-        mixes = isinstance(node.op, Call) and node.op.channelwise is None
-        if mixes:
-            wanted[:] = True  # such a call gives all of its channels
         for x in node.inputs:
-            needed[x] |= True if mixes else wanted
+            needed[x] |= wanted
 
 
 def _constants(graph: Graph, keep: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
