@@ -1,6 +1,7 @@
 """From a network and its mask to what runs."""
 
+from sparse_gen.engine.analyse import StageAnalysis, analyse
 from sparse_gen.engine.compile import CompiledGenerator, compile
 from sparse_gen.engine.stack import Stack, stack
 
-__all__ = ["CompiledGenerator", "Stack", "compile", "stack"]
+__all__ = ["CompiledGenerator", "Stack", "StageAnalysis", "analyse", "compile", "stack"]

@@ -21,16 +21,17 @@ class Compaction:
     """What is left of each value and parameter.
 
     Attributes:
-        channels: for each value the channels that are computed, ascending.
-        weights: weight's name → bool of its shape, the kept weights that reach the output.
-        biases: bias's name → bool, the kept entries that can change the output.
+        channels: for each value the channels that are computed, ascending; where none is needed but a size, one that
+            no weight serves.
+        weights: convolution's value → bool of the weight's shape, the kept weights that reach the output from there.
+        biases: the same for the biases, the kept entries that can change the output.
 
     A value without any channel is not computed at all.
     """
 
     channels: list[torch.Tensor]
-    weights: dict[str, torch.Tensor]
-    biases: dict[str, torch.Tensor]
+    weights: dict[int, torch.Tensor]
+    biases: dict[int, torch.Tensor]
 
     def live(self, value: int) -> int:
         """How many channels of a value are computed."""
@@ -46,12 +47,12 @@ def compact(graph: Graph, keep: dict[str, torch.Tensor]) -> Compaction:
     """
     constant, zero = _constants(graph, keep)
     shifts = _shifted_away(graph)
-    needed = [torch.zeros(_channels(graph, v), dtype=torch.bool) for v in range(len(graph.nodes) + 1)]
+    needed, sizing = ([torch.zeros(_channels(graph, v), dtype=torch.bool) for v in range(len(zero))] for _ in range(2))
     needed[-1][:] = True
     weights, biases = {}, {}
     for number in reversed(range(len(graph.nodes))):
-        node, wanted = graph.nodes[number], needed[number + 1]
-        if not wanted.any():
+        node, wanted, sized = graph.nodes[number], needed[number + 1], sizing[number + 1]
+        if not (wanted | sized).any():
             continue
         if isinstance(node.op, Conv):
             (x,) = node.inputs
@@ -60,15 +61,20 @@ def compact(graph: Graph, keep: dict[str, torch.Tensor]) -> Compaction:
             bordered = node.op.padding > 0 and node.op.padding_mode == "zeros"
             removable = zero[x] | constant[x] if shifts[number + 1] and not bordered else zero[x]
             used = used & ~removable[None, :, None, None]
-            weights[node.op.weight] = used
+            weights[number + 1] = used
             needed[x] |= used.any(dim=3).any(dim=2).any(dim=0)
             if not needed[x].any():
-                needed[x][0] = True  # something has to say the size, where no weight is left
+                sizing[x][0] = True  # something has to say the size, where no weight is left
             if node.op.bias is not None:
-                biases[node.op.bias] = keep[node.op.bias] & wanted & (not shifts[number + 1])
+                biases[number + 1] = keep[node.op.bias] & wanted & (not shifts[number + 1])
+        elif isinstance(node.op, Call) and node.op.channelwise is None:
+            wanted[:] = True  # such a call gives all of its channels and takes all
+            for x in node.inputs:
+                needed[x][:] = True
         else:
             _need_through(node, wanted, needed)
-    return Compaction([n.nonzero()[:, 0] for n in needed], weights, biases)
+            _need_through(node, sized, sizing)
+    return Compaction([(n | s).nonzero()[:, 0] for n, s in zip(needed, sizing, strict=True)], weights, biases)
 
 
 def _channels(graph: Graph, value: int) -> int:
@@ -82,11 +88,8 @@ def _need_through(node: Node, wanted: torch.Tensor, needed: list[torch.Tensor]) 
         for x, part in zip(node.inputs, wanted.split([len(needed[x]) for x in node.inputs]), strict=True):
             needed[x] |= part
     else:
-        mixes = isinstance(node.op, Call) and node.op.channelwise is None
-        if mixes:
-            wanted[:] = True  # such a call gives all of its channels
         for x in node.inputs:
-            needed[x] |= True if mixes else wanted
+            needed[x] |= wanted
 
 
 def _constants(graph: Graph, keep: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -126,6 +129,8 @@ def _constants_of_call(call: Call, node: Node, constant, zero):
         return nothing, nothing
     all_constant = torch.stack([constant[x] for x in node.inputs]).all(dim=0)
     all_zero = torch.stack([zero[x] for x in node.inputs]).all(dim=0)
+    if call.channelwise == "normalising":
+        return all_constant, all_constant
     silent = all_zero if call.keeps_zero else torch.zeros_like(all_zero)
     return (silent if call.channelwise == "border" else all_constant), silent
 
@@ -137,9 +142,13 @@ def _shifted_away(graph: Graph) -> list[bool]:
     for value in reversed(range(len(graph.nodes))):  # the last value is the output
         nodes = readers[value]
         away[value] = all(
-            isinstance(graph.nodes[n].op, Norm) or (_passes_shift(graph.nodes[n]) and away[n + 1]) for n in nodes
+            _removes_shift(graph.nodes[n]) or (_passes_shift(graph.nodes[n]) and away[n + 1]) for n in nodes
         )
     return away
+
+
+def _removes_shift(node: Node) -> bool:
+    return isinstance(node.op, Norm) or (isinstance(node.op, Call) and node.op.channelwise == "normalising")
 
 
 def _passes_shift(node: Node) -> bool:

@@ -82,7 +82,8 @@ class Call:
         parameters: the names among them.
         channelwise: None where channels mix; otherwise every output channel depends on that input channel alone, and
             what becomes of one that is constant over the image: "linear" (it stays constant, and a constant added to
-            the input is added to the output), "pointwise" (it stays constant), "border" (only zero does).
+            the input is added to the output), "pointwise" (it stays constant), "border" (only zero does),
+            "normalising" (it becomes zero).
         keeps_zero: whether a channel of zeros stays one.
     """
 

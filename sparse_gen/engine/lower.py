@@ -6,6 +6,7 @@ pattern stays the ATen call that it is.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.export.graph_signature import InputKind
 
 from sparse_gen.engine.calls import channelwise
 from sparse_gen.engine.graph import Call, Concat, Conv, Graph, Node, Norm, Parameter, Select, Value, is_map
+from sparse_gen.engine.mutation import CannotLower, check_pure, functional
 from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES
 
 aten = torch.ops.aten
@@ -26,10 +28,6 @@ _LARGEST_KERNEL = 11
 _NO_MAP = "expected feature maps of one experiment all the way, got {} in between"
 
 
-class CannotLower(ValueError):
-    """The captured graph has something that is no chain of feature maps."""
-
-
 def lower(network: nn.Module, z: torch.Tensor) -> Graph:
     """Capture a network (from `training_copy`) on an example input of one experiment and match its stages.
 
@@ -38,16 +36,19 @@ def lower(network: nn.Module, z: torch.Tensor) -> Graph:
         z: (1, C, H, W); the graph holds for this size.
 
     Raises:
-        CannotLower: the output is no feature map.
+        CannotLower: something on the way is no feature map, is overwritten in place, or random.
         Whatever torch.export raises for a module that it cannot capture.
     """
     exported = torch.export.export(network, (z,))
+    check_pure(exported.graph)
+    # A parameter that has several names is known by the first, as in named_parameters.
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
     known: dict[fx.Node, Any] = {}  # parameters and what depends on neither z nor them
     placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
     source = None
     for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         if spec.kind is InputKind.PARAMETER:
-            known[node] = Parameter(spec.target)
+            known[node] = Parameter(names[id(network.get_parameter(spec.target))])
         elif spec.kind is InputKind.USER_INPUT:
             source = node
         elif spec.kind is InputKind.BUFFER:
@@ -75,21 +76,27 @@ class _Builder:
         self._shapes = [input_shape]
 
     def add(self, node: fx.Node) -> None:
+        if not node.users:
+            return  # such as an assertion
         inputs = _nodes_in((node.args, node.kwargs))
         if all(i in self._known and not isinstance(self._known[i], Parameter) for i in inputs):
             # What index arithmetic captures, such as the indices of a reflection.
-            self._known[node] = node.target(*fx.node.map_arg(node.args, self._known.__getitem__), **node.kwargs)
+            arguments, keywords = fx.node.map_arg((node.args, node.kwargs), self._known.__getitem__)
+            self._known[node] = node.target(*arguments, **keywords)
             return
         handler = {
             aten.conv2d.default: self._conv,
+            aten.conv2d.padding: self._conv,
             aten.avg_pool2d.default: self._pool,
             aten.batch_norm.default: self._norm,
+            aten.instance_norm.default: self._norm,  # of one image the same
             aten.cat.default: self._concat,
             aten.slice.Tensor: self._slice,
+            aten.alias.default: self._same,
         }.get(node.target)
         if node.target in _LEAKY_RELU or node.target in _RELU:
             handler = self._activation
-        if node.target is not getattr and str(node.target).endswith("getitem"):
+        if node.target is operator.getitem:
             handler = self._piece
         if node.target in _SPLITS and _axis(node, 2) == 1:
             return  # its pieces are selections
@@ -116,17 +123,24 @@ class _Builder:
     def _conv(self, node: fx.Node) -> bool:
         x, weight, bias, stride, padding, dilation, groups = _arguments(node, (None, None, None, 1, 0, 1, 1))
         name = self._parameter(weight)
-        if name is None or (bias is not None and self._parameter(bias) is None):
+        if name is None:
+            return False
+        if bias is not None and self._parameter(bias) is None:
+            self.reasons[name] = "its bias is computed"
             return False
         shape = tuple(weight.meta["val"].shape)
+        if isinstance(padding, str):
+            padding = _named_padding(padding, shape, dilation)
         stride, padding, dilation = (_both(value) for value in (stride, padding, dilation))
         mode = "zeros"
         if padding == 0 and x.target is aten.pad.default and _is_plain_padding(x):
             x, (padding, *_), mode = x.args[0], x.args[1], _MODES[_arguments(x, (None, None, "constant", None))[2]]
-        if groups != 1 or dilation != 1 or stride not in (1, 2) or padding is None:
-            self.reasons[name] = f"groups {groups}, dilation {dilation}, stride {stride}, padding {padding}"
-            return False
         if x not in self.values:
+            self.reasons[name] = "its input does not depend on z"
+            return False
+        if groups != 1 or dilation != 1 or stride not in (1, 2) or padding is None:
+            given = {"groups": groups, "dilation": dilation, "stride": stride, "padding": padding}
+            self.reasons[name] = ", ".join(f"{k} {'differs by axis' if v is None else v}" for k, v in given.items())
             return False
         upsample, value = None, self.values[x]
         if _keeps_size(shape, stride, padding):
@@ -194,10 +208,20 @@ class _Builder:
 
     def _slice(self, node: fx.Node) -> bool:
         x, axis, start, end, step = _arguments(node, (None, 0, None, None, 1))
-        if axis not in (1, -3) or x not in self.values:
+        if x not in self.values:
+            return False
+        if node.meta["val"].shape == x.meta["val"].shape and step == 1:
+            return self._same(node)
+        if axis not in (1, -3):
             return False
         channels = range(self._shapes[self.values[x]][0])[slice(start, end, step)]
         return self._append(node, Select(tuple(channels)), (self.values[x],))
+
+    def _same(self, node: fx.Node) -> bool:
+        if node.args[0] not in self.values:
+            return False
+        self.values[node] = self.values[node.args[0]]
+        return True
 
     def _piece(self, node: fx.Node) -> bool:
         split, number = node.args
@@ -212,6 +236,8 @@ class _Builder:
         if not is_map(node.meta.get("val")):
             raise CannotLower(_NO_MAP.format(node.target))
         call = self._as_call(node)
+        for name in call.parameters:
+            self.reasons.setdefault(name, f"{call.target} is no stage of ours")
         values = [v.index for v in _values_in((call.arguments, call.keywords))]
         self._append(node, call, tuple(dict.fromkeys(values)))
 
@@ -222,17 +248,16 @@ class _Builder:
             if argument in self.values:
                 return Value(self.values[argument])
             if argument not in self._known:
-                raise CannotLower(
-                    f"expected feature maps of one experiment all the way, got {argument.target} in between"
-                )
+                raise CannotLower(_NO_MAP.format(argument.target))
             known = self._known[argument]
             if isinstance(known, Parameter):
                 parameters.append(known.name)
             return known
 
         arguments, keywords = (_plain(fx.node.map_arg(part, translate)) for part in (node.args, node.kwargs))
-        kind, keeps_zero = channelwise(node) if not parameters else (None, False)
-        return Call(node.target, arguments, keywords, tuple(parameters), kind, keeps_zero)
+        target = functional(node.target)
+        kind, keeps_zero = channelwise(target, node, self.values) if not parameters else (None, False)
+        return Call(target, arguments, keywords, tuple(parameters), kind, keeps_zero)
 
 
 def _prune(graph: Graph, output: int) -> Graph:
@@ -293,9 +318,23 @@ def _both(value) -> int | None:
     return values[0] if len(set(values)) == 1 else None
 
 
+def _named_padding(name: str, shape: tuple[int, ...], dilation) -> list[int] | None:
+    """What "valid" and "same" mean; None if "same" differs between the two sides of an axis."""
+    extra = [dilated * (kernel - 1) for dilated, kernel in zip(_pair(dilation), shape[2:], strict=True)]
+    if name == "valid":
+        return [0, 0]
+    return None if any(e % 2 for e in extra) else [e // 2 for e in extra]
+
+
+def _pair(value) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * 2 if len(values) == 1 else values
+
+
 def _is_plain_padding(node: fx.Node) -> bool:
     _, amounts, mode, value = _arguments(node, (None, None, "constant", None))
-    return len(amounts) == 4 and len(set(amounts)) == 1 and mode in _MODES and value in (None, 0, 0.0)
+    even = len(amounts) == 4 and len(set(amounts)) == 1 and amounts[0] >= 0
+    return even and mode in _MODES and value in (None, 0, 0.0)
 
 
 def _nodes_in(item) -> list[fx.Node]:

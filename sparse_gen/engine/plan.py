@@ -37,7 +37,7 @@ class Plan:
 
     def __str__(self) -> str:
         def shape(chw):
-            return f"{chw[0]}×{chw[1]}×{chw[2]}"
+            return "×".join(map(str, chw))
 
         header = ("stage", "input", "output", "kept", "density", "MFLOP", "kernel")
         rows = [

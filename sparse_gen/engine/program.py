@@ -76,11 +76,11 @@ class Program:
                 into = channels[heads[value]]
                 for name in (norm.op.gamma, norm.op.beta):
                     self._slots.add(places[name][into])
-                self._add_weight(node.op, into, live, places, None)
+                self._add_weight(node.op, value, into, live, places, None)
                 self.layouts[node.op.weight] = "with its normalisation"
                 step, inputs, wanted = NormHeadStep(norm.op), norm.inputs, [into]
             elif isinstance(node.op, Conv):
-                step = self._conv(node.op, channels[inputs[0]], live, places, choose)
+                step = self._conv(node.op, value, channels[inputs[0]], live, places, choose)
                 wanted = [channels[inputs[0]]]
             elif isinstance(node.op, Norm):
                 step = NormStep(node.op)
@@ -107,20 +107,20 @@ class Program:
             norm = node.op if isinstance(node.op, Norm) else None
             self._stages.append(_Stage(step or _Identity(), tuple(inputs), selections, slots, value, norm))
 
-    def _conv(self, conv: Conv, into: torch.Tensor, out: torch.Tensor, places, choose: Choose) -> Step:
-        mask = self.compaction.weights[conv.weight][out][:, into]
+    def _conv(self, conv: Conv, value: int, into: torch.Tensor, out: torch.Tensor, places, choose: Choose) -> Step:
+        mask = self.compaction.weights[value][out][:, into]
         layout = choose(conv, mask)
         self.layouts[conv.weight] = f"{layout}, pool folded" if conv.pool else layout
         step, sparse = make_step(layout, conv, mask)
-        self._add_weight(conv, into, out, places, mask if sparse else None)
+        self._add_weight(conv, value, into, out, places, mask if sparse else None)
         return step
 
-    def _add_weight(self, conv: Conv, into: torch.Tensor, out: torch.Tensor, places, sparse: torch.Tensor | None):
+    def _add_weight(self, conv: Conv, value: int, into, out, places, sparse: torch.Tensor | None):
         """The weight, whole or (with a mask) its kept values alone, and the bias where it matters."""
         place = places[conv.weight][out][:, into]
-        kept = self.compaction.weights[conv.weight][out][:, into]
+        kept = self.compaction.weights[value][out][:, into]
         self._slots.add(torch.where(kept, place, -1) if sparse is None else place[sparse])
-        if conv.bias is not None and (kept := self.compaction.biases[conv.bias][out]).any():
+        if conv.bias is not None and (kept := self.compaction.biases[value][out]).any():
             self._slots.add(torch.where(kept, places[conv.bias][out], -1))
 
     def _static_values(self, graph: Graph) -> set[int]:
@@ -160,7 +160,7 @@ class Program:
             known[stage.value], kept = stage.step.forward(inputs, own, tape is not None)
             if tape is not None:
                 tape.append((stage, kept, own))
-            for x in stage.inputs:
+            for x in set(stage.inputs):
                 if self._last_reader[x] == number and x not in given:
                     del known[x]
         return known[self._stages[-1].value]

@@ -72,7 +72,9 @@ class AutogradStep(Step):
     def backward(self, gradient, kept, parameters, needs):
         output, leaves = kept
         asked = [leaf for leaf, need in zip(leaves, [*needs, *[True] * len(parameters)], strict=True) if need]
-        found = iter(torch.autograd.grad(output, asked, gradient) if asked else ())
+        if not output.requires_grad:  # detached, or nothing on the way can be differentiated
+            return [None] * len(needs), [None] * len(parameters)
+        found = iter(torch.autograd.grad(output, asked, gradient, allow_unused=True) if asked else ())
         inputs = [next(found) if need else None for need in needs]
         return inputs, list(found)
 
