@@ -8,17 +8,14 @@ from typing import Annotated
 
 import typer
 
+from sparse_gen.cli import mask_files
 from sparse_gen.cli.errors import one_line_errors
 
 EXAMPLE = "Example: sparse-gen mask show results/mask.safetensors"
 _BAR_WIDTH = 20
 
-app = typer.Typer(help="Look at mask files.", epilog=EXAMPLE)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `show` a command of its own while it is the only one."""
+app = typer.Typer(help="Look at mask files, and take over those of others.", epilog=EXAMPLE)
+app.command("import", epilog=mask_files.IMPORT_EXAMPLE)(mask_files.import_)
 
 
 @app.command("show", epilog=EXAMPLE)

@@ -2,6 +2,7 @@
 
 from sparse_gen.masks.connectivity import DisconnectedMaskWarning
 from sparse_gen.masks.mask import Mask
+from sparse_gen.masks.published import import_mask
 from sparse_gen.masks.search import SearchResult, masked_output, search_mask
 
-__all__ = ["DisconnectedMaskWarning", "Mask", "SearchResult", "masked_output", "search_mask"]
+__all__ = ["DisconnectedMaskWarning", "Mask", "SearchResult", "import_mask", "masked_output", "search_mask"]
