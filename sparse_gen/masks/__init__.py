@@ -1,8 +1,18 @@
 """Finding, storing and checking masks."""
 
 from sparse_gen.masks.connectivity import DisconnectedMaskWarning
+from sparse_gen.masks.find import METHODS, find
 from sparse_gen.masks.mask import Mask
 from sparse_gen.masks.published import import_mask
 from sparse_gen.masks.search import SearchResult, masked_output, search_mask
 
-__all__ = ["DisconnectedMaskWarning", "Mask", "SearchResult", "import_mask", "masked_output", "search_mask"]
+__all__ = [
+    "METHODS",
+    "DisconnectedMaskWarning",
+    "Mask",
+    "SearchResult",
+    "find",
+    "import_mask",
+    "masked_output",
+    "search_mask",
+]
