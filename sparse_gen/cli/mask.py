@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from sparse_gen.cli import mask_files
+from sparse_gen.cli import mask_files, mask_find
 from sparse_gen.cli.errors import one_line_errors
 
 EXAMPLE = "Example: sparse-gen mask show results/mask.safetensors"
 _BAR_WIDTH = 20
 
-app = typer.Typer(help="Look at mask files, and take over those of others.", epilog=EXAMPLE)
+app = typer.Typer(help="Find masks, look at their files, and take over those of others.", epilog=EXAMPLE)
+app.command("find", epilog=mask_find.EXAMPLE)(mask_find.find)
 app.command("import", epilog=mask_files.IMPORT_EXAMPLE)(mask_files.import_)
 
 
