@@ -47,7 +47,8 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-COMMANDS = ["", "denoise", "info", "mask", "mask show", "mask import", "mask find", "sweep", "sweep run"]
+COMMANDS = ["", "denoise", "info", "mask", "mask compare", "mask find", "mask import", "mask show"]
+COMMANDS += ["sweep", "sweep run"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -125,3 +125,39 @@ def test_find_does_not_replace_a_file_unasked(files, tmp_path, capsys):
     assert out.read_text() == "mine"
     assert find(files, out, "--method", "magnitude", "--overwrite") == 0
     assert sg.Mask.load(out).kept > 0
+
+
+def test_show_draws_planes_and_probabilities(files, tmp_path, capsys):
+    out, png = tmp_path / "m.safetensors", tmp_path / "m.png"
+    assert find(files, out, "--store-logits") == 0
+    assert sg.Mask.load(out).logits is not None
+    assert main(["mask", "show", str(out), "--plot", str(png), "--layer", "head.weight"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(png)
+    with Image.open(png) as image:
+        assert image.width > 1000  # three panels
+    assert main(["mask", "show", str(out), "--plot", str(png)]) == 2
+    assert "expected a new file" in capsys.readouterr().err
+    assert main(["mask", "show", str(out), "--plot", str(png), "--overwrite"]) == 0
+    assert main(["mask", "show", str(out), "--layer", "head.weight"]) == 2
+    assert "error: layer: expected --plot FILE beside it" in capsys.readouterr().err
+    assert find(files, tmp_path / "n", "--method", "snip", "--store-logits") == 2
+    assert "store_logits: expected method oes, which has logits, got snip" in capsys.readouterr().err
+
+
+def test_compare_prints_every_layer_and_chance(files, tmp_path, capsys):
+    for seed in ("0", "1"):
+        assert find(files, tmp_path / seed, "--method", "random", "--seed", seed) == 0
+    capsys.readouterr()
+    assert main(["mask", "compare", str(tmp_path / "0"), str(tmp_path / "1")]) == 0
+    shown = capsys.readouterr().out
+    found = sg.masks.compare(*(sg.Mask.load(tmp_path / seed) for seed in ("0", "1")))
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.strip()}
+    for layer in [*found.layers, found.total]:
+        values = [f"{layer.first:,}", f"{layer.second:,}", f"{layer.both:,}", f"{layer.chance:,.1f}"]
+        assert rows[layer.name][:5] == [*values, f"{layer.overlap:.2%}"]
+        assert rows[layer.name][5:7] == [f"{layer.jaccard:.2%}", f"{layer.chance_jaccard:.2%}"]
+        assert rows[layer.name][7] == f"{layer.sigmas:+.1f}"
+    assert f"chance gives {found.total.chance:,.0f}" in shown
+    assert f"{len(found.whole)} parameters that both keep whole are not counted" in shown
+    assert main(["mask", "compare", str(tmp_path / "0"), str(tmp_path / "none")]) == 2
+    assert "which is not there" in capsys.readouterr().err

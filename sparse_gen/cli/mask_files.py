@@ -1,4 +1,4 @@
-"""`sparse-gen mask import`: mask files made into other mask files."""
+"""`sparse-gen mask import` and `compare`: mask files made into others, and laid beside others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from sparse_gen.cli.errors import one_line_errors
 
+COMPARE_EXAMPLE = "Example: sparse-gen mask compare baboon.safetensors barbara.safetensors"
 IMPORT_EXAMPLE = "Example: sparse-gen mask import mask_baboon.pkl -o baboon.safetensors"
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="The mask file to write.", show_default=False)]
@@ -37,3 +38,45 @@ def import_(
     mask = sg.masks.import_mask(file, net)
     mask.save(claim_file(output, overwrite))
     print(f"{output}: {mask.kept:,} of {mask.total:,} weights kept, {mask.density:.2%}")
+
+
+@one_line_errors
+def compare(
+    first: Annotated[Path, typer.Argument(help="A mask file.")],
+    second: Annotated[Path, typer.Argument(help="Another, of the same network.")],
+) -> None:
+    """Print what two masks both keep of each layer, and what they would by chance.
+
+    Chance keeps as many of each layer as the masks do, anywhere in it; σ is its standard deviation.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    import sparse_gen as sg
+
+    found = sg.masks.compare(sg.Mask.load(first), sg.Mask.load(second))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("parameter", no_wrap=True)
+    for column in ("first", "second", "both", "by chance", "overlap", "Jaccard", "by chance", "above chance"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in [*found.layers, found.total]:
+        if row is found.total:
+            table.add_section()
+        counts = [f"{row.first:,}", f"{row.second:,}", f"{row.both:,}", f"{row.chance:,.1f}"]
+        shares = [_share(row.overlap), _share(row.jaccard), _share(row.chance_jaccard)]
+        table.add_row(row.name, *counts, *shares, "–" if row.sigmas != row.sigmas else f"{row.sigmas:+.1f} σ")
+    console = Console(highlight=False)
+    console.width = max(console.width, 140)  # a pipe has no width; cut numbers would be of no use
+    console.print(table)
+    total = found.total
+    console.print(
+        f"Of {total.total:,} prunable weights both keep {total.both:,}. With the layers' densities as they are, chance "
+        f"gives {total.chance:,.0f}; with the two numbers of kept weights alone, {found.anywhere:,.0f}.",
+        soft_wrap=True,
+    )
+    if found.whole:
+        console.print(f"{len(found.whole)} parameters that both keep whole are not counted.")
+
+
+def _share(value: float) -> str:
+    return "–" if value != value else f"{value:.2%}"  # NaN: one of them keeps nothing

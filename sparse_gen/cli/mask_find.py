@@ -55,6 +55,9 @@ def find(
     device: Annotated[str | None, _setting("cpu, cuda, cuda:1, ... or auto. Default: auto.")] = None,
     threads: Annotated[int | None, _number("CPU threads; the bits depend on it. Default: PyTorch's.")] = None,
     config: Annotated[Path | None, _setting("YAML file of settings as of denoise; options given here win.")] = None,
+    store_logits: Annotated[
+        bool, typer.Option("--store-logits", help="oes: store the logits too, 4 bytes a weight.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Find which weights to keep, by any method, and write them as a mask file."""
@@ -70,7 +73,7 @@ def find(
     settings = merge_settings({} if config is None else read_settings(config), given)
     own = {"fraction": fraction, "rewind": rewind, "input_jitter": input_jitter, "rounds": rounds, "steps": steps}
     request = MaskRequest(
-        method=method, scope=scope, floor=floor, variant=variant, target=target,
+        method=method, scope=scope, floor=floor, variant=variant, target=target, store_logits=store_logits,
         options={name: value for name, value in own.items() if value is not None},
     )  # fmt: skip
     with StageBars() as bars:

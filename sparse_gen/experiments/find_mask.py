@@ -27,6 +27,7 @@ class MaskRequest:
     Attributes:
         method, scope, floor, variant: as for `masks.find`.
         target: "noisy" or, as the lottery image prior's masks were found, "clean".
+        store_logits: whether the file holds the logits, 4 bytes a prunable weight; "oes" only.
         options: the method's own. Those of "oes" and "imp" that the configuration has too are taken from there.
     """
 
@@ -35,10 +36,13 @@ class MaskRequest:
     floor: int | float | None = None
     variant: str | None = None
     target: str = "noisy"
+    store_logits: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         choice(*TARGETS)("target", self.target)
+        if self.store_logits and self.method != "oes":
+            raise ValueError(f"store_logits: expected method oes, which has logits, got {self.method}, leave one out")
 
 
 def find_mask(
@@ -123,6 +127,8 @@ def find_mask(
             progress=progress,
             **(_options(config, request, len(targets)) | request.options),
         )
+        if request.store_logits:
+            result.mask.logits = result.logits
         result.mask.save(file)
     return result
 

@@ -1,5 +1,6 @@
 """Finding, storing and checking masks."""
 
+from sparse_gen.masks.compare import Comparison, Overlap, compare
 from sparse_gen.masks.connectivity import DisconnectedMaskWarning
 from sparse_gen.masks.find import METHODS, find
 from sparse_gen.masks.mask import Mask
@@ -8,9 +9,12 @@ from sparse_gen.masks.search import SearchResult, masked_output, search_mask
 
 __all__ = [
     "METHODS",
+    "Comparison",
     "DisconnectedMaskWarning",
     "Mask",
+    "Overlap",
     "SearchResult",
+    "compare",
     "find",
     "import_mask",
     "masked_output",
