@@ -48,7 +48,7 @@ def metrics(folder):
 
 
 COMMANDS = ["", "denoise", "info", "mask", "mask compare", "mask find", "mask import", "mask show"]
-COMMANDS += ["sweep", "sweep run"]
+COMMANDS += ["mask transfer", "sweep", "sweep run"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

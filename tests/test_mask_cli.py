@@ -161,3 +161,65 @@ def test_compare_prints_every_layer_and_chance(files, tmp_path, capsys):
     assert f"{len(found.whole)} parameters that both keep whole are not counted" in shown
     assert main(["mask", "compare", str(tmp_path / "0"), str(tmp_path / "none")]) == 2
     assert "which is not there" in capsys.readouterr().err
+
+
+@pytest.fixture
+def snip(files, tmp_path):
+    out = tmp_path / "snip.safetensors"
+    assert find(files, out, "--method", "snip", "--sigma", "0.1", "--seed", "3") == 0
+    return out
+
+
+def test_transfer_to_another_photograph_and_size(files, snip, tmp_path, capsys):
+    out = tmp_path / "moved.safetensors"
+    command = ["mask", "transfer", str(snip), "-o", str(out), "--image", str(files / "smaller.png"), "--sigma", "0.2"]
+    assert main([*command, "--weights", "keep"]) == 0
+    assert "training starts from the mask's own weights" in capsys.readouterr().out
+    before, moved = sg.Mask.load(snip), sg.Mask.load(out)
+    assert all(torch.equal(values, before.weights[name]) for name, values in moved.weights.items())
+    assert moved.recipe["image_sha256"] == hashlib.sha256((files / "smaller.png").read_bytes()).hexdigest()
+    assert moved.recipe["noise"] == {"sigma": 0.2, "clip": True, "seed": 3}
+    assert moved.recipe["z"] == before.recipe["z"]
+    assert moved.recipe["transfer"]["weights"] == "keep"
+    assert moved.recipe["transfer"]["from"]["image_sha256"] == before.recipe["image_sha256"]
+
+
+def test_transfer_to_fresh_weights_and_another_width(snip, tmp_path, capsys):
+    fresh, wide = tmp_path / "fresh", tmp_path / "wide"
+    assert main(["mask", "transfer", str(snip), "-o", str(fresh), "--weights", "reinitialise", "--seed", "9"]) == 0
+    assert "training starts from fresh weights" in capsys.readouterr().out
+    moved = sg.Mask.load(fresh)
+    assert [moved.recipe[part]["seed"] for part in ("z", "noise")] == [9, 9]
+    net = sg.generators.build(moved.recipe["net"])
+    assert moved.recipe["net"]["arguments"]["seed"] == 9
+    assert torch.equal(moved.weights["head.weight"], net.head.weight[moved.tensors["head.weight"]].detach())
+    assert main(["mask", "transfer", str(snip), "-o", str(wide), "--weights", "reinitialise", "--width", "tile",
+                 "--channels", "8,12"]) == 0  # fmt: skip
+    assert sg.Mask.load(wide).recipe["net"]["arguments"]["channels"] == [8, 12]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Missing option '--weights'"),
+        (["--weights", "both"], "expected weights as one of keep, reinitialise, got 'both'"),
+        (["--weights", "keep", "--sigma", "25"], "sigma: expected a number in [0, 1], got 25, did you mean 25/255"),
+        (["--weights", "keep", "--channels", "8,x"], "channels: expected widths such as 16,32,64, got '8,x'"),
+        (["--weights", "reinitialise", "--channels", "8,12"], "use width='tile'"),
+        (["--weights", "keep", "--image", "{f}/none.png"], "{f}/none.png"),
+    ],
+)
+def test_transfer_refuses_in_one_line(files, snip, tmp_path, capsys, options, message):
+    capsys.readouterr()
+    out = tmp_path / "moved.safetensors"
+    given = [option.replace("{f}", str(files)) for option in options]
+    assert main(["mask", "transfer", str(snip), "-o", str(out), *given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message.replace("{f}", str(files)) in line
+    assert not out.exists()
+
+
+def test_transfer_of_a_mask_that_does_not_know_its_network(tmp_path, capsys):
+    sg.Mask({"a": torch.ones(3, dtype=torch.bool)}).save(tmp_path / "m")
+    assert main(["mask", "transfer", str(tmp_path / "m"), "-o", str(tmp_path / "n"), "--weights", "reinitialise"]) == 2
+    assert "mask: expected one whose recipe tells its network" in capsys.readouterr().err

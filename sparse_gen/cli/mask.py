@@ -18,6 +18,7 @@ app = typer.Typer(help="Find masks, look at their files, and take over those of 
 app.command("compare", epilog=mask_files.COMPARE_EXAMPLE)(mask_files.compare)
 app.command("find", epilog=mask_find.EXAMPLE)(mask_find.find)
 app.command("import", epilog=mask_files.IMPORT_EXAMPLE)(mask_files.import_)
+app.command("transfer", epilog=mask_files.TRANSFER_EXAMPLE)(mask_files.transfer)
 
 
 @app.command("show", epilog=EXAMPLE)

@@ -1,4 +1,4 @@
-"""`sparse-gen mask import` and `compare`: mask files made into others, and laid beside others."""
+"""`sparse-gen mask import`, `compare` and `transfer`: mask files made into others, and laid beside others."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from typing import Annotated
 
 import typer
 
+from sparse_gen.cli.denoise import read_number
 from sparse_gen.cli.errors import one_line_errors
 
 COMPARE_EXAMPLE = "Example: sparse-gen mask compare baboon.safetensors barbara.safetensors"
+TRANSFER_EXAMPLE = (
+    "Example: sparse-gen mask transfer mask.safetensors --weights keep --image other.png --sigma 0.1 "
+    "-o moved.safetensors"
+)
 IMPORT_EXAMPLE = "Example: sparse-gen mask import mask_baboon.pkl -o baboon.safetensors"
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="The mask file to write.", show_default=False)]
@@ -76,6 +81,54 @@ def compare(
     )
     if found.whole:
         console.print(f"{len(found.whole)} parameters that both keep whole are not counted.")
+
+
+@one_line_errors
+def transfer(
+    file: Annotated[Path, typer.Argument(help="A mask file whose recipe tells its network.")],
+    output: Output,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="keep: train the weights that the mask holds; reinitialise: fresh ones. Required.", show_default=False
+        ),
+    ],
+    image: Annotated[
+        Path | None, typer.Option(help="The photograph it is to be used for, of any size.", show_default=False)
+    ] = None,
+    sigma: Annotated[
+        float | None,
+        typer.Option(help="Noise to be added to it.", parser=read_number, metavar="NUMBER", show_default=False),
+    ] = None,
+    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Clip the noisy image to 0 to 1.")] = True,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of z and noise, and of fresh weights. Default: the mask's.", show_default=False),
+    ] = None,
+    width: Annotated[str, typer.Option(help="same, or tile: repeat or cut off channels for other widths.")] = "same",
+    channels: Annotated[
+        str | None, typer.Option(help="Widths of the scales, as 16,32,64. Default: the mask's.", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Move a mask to another image, size, noise, initialisation or width; its file tells what was kept."""
+    from sparse_gen.experiments.transfer_mask import transfer_mask
+
+    mask = transfer_mask(
+        file, output, weights=weights, width=width, image=image, sigma=sigma, clip=clip, seed=seed,
+        channels=None if channels is None else _widths(channels), overwrite=overwrite,
+    )  # fmt: skip
+    print(f"{output}: {mask.kept:,} of {mask.total:,} weights kept, {mask.density:.2%}, {_STARTS[weights]}")
+
+
+_STARTS = {"keep": "training starts from the mask's own weights", "reinitialise": "training starts from fresh weights"}
+
+
+def _widths(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"channels: expected widths such as 16,32,64, got {text!r}, give positive whole numbers")
+    return [int(part) for part in parts]
 
 
 def _share(value: float) -> str:

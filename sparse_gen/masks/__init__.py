@@ -6,6 +6,7 @@ from sparse_gen.masks.find import METHODS, find
 from sparse_gen.masks.mask import Mask
 from sparse_gen.masks.published import import_mask
 from sparse_gen.masks.search import SearchResult, masked_output, search_mask
+from sparse_gen.masks.transfer import transfer
 
 __all__ = [
     "METHODS",
@@ -19,4 +20,5 @@ __all__ = [
     "import_mask",
     "masked_output",
     "search_mask",
+    "transfer",
 ]
