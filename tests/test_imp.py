@@ -141,3 +141,14 @@ def test_with_skip_at_small_size():
     assert result.connected
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
     assert sg.fit(sg.compile(net, result.mask, z), z, y[:1], steps=2).image.shape == (1, 3, 16, 18)
+
+
+def test_with_skip_at_its_defaults():
+    """2,217,831 parameters; only convolution weights are pruned, in two rounds of two steps."""
+    net, z = sg.generators.Skip(), sg.noise_input(32, (48, 40))
+    y = torch.rand(1, 3, 48, 40, generator=torch.Generator().manual_seed(0))
+    result = sg.masks.find("imp", net, z, y, density=0.66, steps=2)
+    assert (result.mask.kept, result.mask.total) == (int(0.66 * 2_217_831), 2_217_831)
+    assert all(len(keep.shape) == 4 for keep in result.mask.tensors.values())
+    assert result.settings["rounds"] == 2
+    assert result.connected
