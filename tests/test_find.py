@@ -118,6 +118,19 @@ def test_a_stack_has_a_mask_for_each_network(method):
     sg.compile(sg.stack(nets), together.mask, z)
 
 
+def test_snip_of_everything_cuts_an_hourglass_where_a_norm_follows_a_norm():
+    """Only an activation and up-sampling part these γ from the next normalisation, which removes their scale."""
+    z, y, _ = problem()
+    net = small_net().double()
+    with pytest.warns(sg.DisconnectedMaskWarning, match="disconnects the network at encoder.2.norm2"):
+        result = sg.masks.find("snip", net, z.double(), y.double(), density=0.5, prunable="all")
+    scores = {name: score.max().item() for name, score in result.scores.items() if name.endswith("norm2.weight")}
+    without = {"encoder.2.norm2.weight", "decoder.0.norm2.weight", "decoder.1.norm2.weight"}
+    assert {name for name in scores if not result.mask.tensors[name].any()} == without
+    # BN's eps leaves 1e-5 over the variance of what was a gradient.
+    assert max(scores[name] for name in without) < 1e-3 * min(scores[name] for name in scores.keys() - without)
+
+
 def test_oes_is_the_search():
     z, y, _ = problem()
     found = find("oes")

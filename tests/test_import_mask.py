@@ -139,6 +139,13 @@ PROGRAMS = {
     "a dict of something": b"ccollections\nOrderedDict\n(]tR.",
     "another codec": b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R.",
     "a storage of text": b"\x80\x02ctorch.storage\n_load_from_bytes\nX\x01\x00\x00\x00a\x85R.",
+    "a memo of 4,294,967,295": b"\x80\x02}(r\xff\xff\xff\xffK\x01K\x02.",
+    "text of 2^60 bytes": b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b".",
+    "bytes of 2^40": b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b".",
+    "a frame of 2^60 bytes": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"].",
+    "a number of 100,000 digits": b"I" + b"9" * 100_000 + b"\n.",
+    "lists in lists": b"\x80\x02" + b"]" * 1000 + b"a" * 999 + b".",
+    "a list in itself": pickle.dumps((lambda own: own.append(own) or own)([]), 2),
     "no storage": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x00K\x00K\x03\x85K\x01\x85\x89NtR.",
 }
 
