@@ -10,7 +10,7 @@ from tiny import flat_mask
 import sparse_gen as sg
 from sparse_gen.masks.pruning import choose, shares
 
-FAST = {"oes": {"steps": 3}, "imp": {"steps": 3}, "synflow": {"rounds": 3}}
+FAST = {"oes": {"steps": 3}, "imp": {"steps": 3, "fraction": 0.6}, "synflow": {"rounds": 3}}
 may_disconnect = pytest.mark.filterwarnings("ignore::sparse_gen.DisconnectedMaskWarning")
 
 
