@@ -108,6 +108,29 @@ def claim_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     return folder
 
 
+def claim_file(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Find out now, not after the run, if the file it is to write cannot be written; nothing is left behind.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        overwrite: whether a file that is there may be replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: if the file is there and `overwrite` is not given.
+        OSError: if it is a folder, or its folder cannot be made or written to.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(f"output: expected the name of a file, got the folder {file}, name a file in it")
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"output: expected a new file, got {file}, name another or add --overwrite")
+    claim_folder(file.parent, overwrite=True)
+    return file
+
+
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends without it
 
 

@@ -47,7 +47,11 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("command", ["", "denoise", "info", "mask", "mask show", "sweep", "sweep run"])
+COMMANDS = ["", "denoise", "info", "mask", "mask compare", "mask find", "mask import", "mask show"]
+COMMANDS += ["mask transfer", "sweep", "sweep run"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_imports_nothing_heavy_and_shows_an_example(command):
     code = f"""
 import sys

@@ -83,6 +83,38 @@ def test_file_holds_the_kept_initial_weights(tmp_path, found):
         assert torch.equal(again.weights[name], kept.detach())
 
 
+def test_file_holds_the_logits_if_wanted(tmp_path):
+    z, y, _ = problem()
+    search = sg.search_mask(small_net(), z, y, density=0.2, steps=3)
+    assert search.mask.logits is None
+    search.mask.logits = search.logits
+    search.mask.save(tmp_path / "m.safetensors")
+    again = sg.Mask.load(tmp_path / "m.safetensors")
+    assert again.logits.keys() == search.logits.keys()
+    assert all(torch.equal(values, search.logits[name]) for name, values in again.logits.items())
+
+
+def test_a_file_that_does_not_mention_logits_is_read(tmp_path, found):
+    path = tmp_path / "m.safetensors"
+    found.save(path)
+    rewrite(path, lambda header, _: header.pop("logits"))
+    assert sg.Mask.load(path).logits is None
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        ({}, "expected logits of every masked parameter and of no other, got a difference in a"),
+        ({"a": torch.zeros(2)}, r"the logits of a as floats of shape \(3,\), got torch.float32 of shape \(2,\)"),
+        ({"a": torch.ones(3, dtype=torch.int32)}, "as floats of shape"),
+        ({"a": torch.full((3,), torch.nan)}, "expected finite logits, got NaN or infinity in a"),
+    ],
+)
+def test_bad_logits(logits, message):
+    with pytest.raises(ValueError, match=message):
+        sg.Mask({"a": torch.ones(3, dtype=torch.bool)}, logits=logits)
+
+
 def test_masks_are_packed_eight_to_a_byte(tmp_path, found):
     found.save(tmp_path / "m.safetensors")
     bits = sum(keep.numel() for keep in found.tensors.values()) / 8

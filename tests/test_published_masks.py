@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pickled import SAVE
 from torch import nn
 
 import sparse_gen as sg
@@ -33,13 +34,26 @@ def published(request):
     path = Path(__file__).parents[2] / "shared" / "data" / f"oes_mask_{request.param}.npz"
     if not path.exists():
         pytest.skip(f"the published masks are not part of the project, and {path.name} is not beside it")
-    data = np.load(path)
-    flat = torch.from_numpy(np.unpackbits(data["bits"])[: int(data["numel"])].astype(bool))
-    net = sg.generators.Hourglass()
+    return request.param, sg.generators.Hourglass(), sg.masks.import_mask(path)
+
+
+def test_bits_and_shapes_are_those_of_the_file(published):
+    name, net, mask = published
+    data = np.load(Path(__file__).parents[2] / "shared" / "data" / f"oes_mask_{name}.npz")
     assert [list(p.shape) for p in net.parameters()] == json.loads(str(data["shapes"]))
-    pieces = flat.split([p.numel() for p in net.parameters()])
-    tensors = {n: k.view(p.shape) for (n, p), k in zip(net.named_parameters(), pieces, strict=True)}
-    return request.param, net, sg.Mask(tensors)
+    flat = torch.cat([keep.flatten() for keep in mask.tensors.values()])
+    np.testing.assert_array_equal(np.unpackbits(data["bits"])[: int(data["numel"])], flat)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("form", SAVE)
+def test_the_authors_own_files_give_the_same_mask(published, tmp_path, form, flat):
+    _, _, mask = published
+    tensors = [keep.float() for keep in mask.tensors.values()]
+    SAVE[form](torch.cat([t.flatten() for t in tensors]) if flat else tensors, tmp_path / "mask.pkl")
+    again = sg.masks.import_mask(tmp_path / "mask.pkl")
+    assert list(again.tensors) == list(mask.tensors)
+    assert all(torch.equal(keep, mask.tensors[name]) for name, keep in again.tensors.items())
 
 
 def test_they_fit_the_default_hourglass(published):

@@ -8,28 +8,40 @@ from typing import Annotated
 
 import typer
 
+from sparse_gen.cli import mask_files, mask_find
 from sparse_gen.cli.errors import one_line_errors
 
 EXAMPLE = "Example: sparse-gen mask show results/mask.safetensors"
 _BAR_WIDTH = 20
 
-app = typer.Typer(help="Look at mask files.", epilog=EXAMPLE)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `show` a command of its own while it is the only one."""
+app = typer.Typer(help="Find masks, look at their files, and take over those of others.", epilog=EXAMPLE)
+app.command("compare", epilog=mask_files.COMPARE_EXAMPLE)(mask_files.compare)
+app.command("find", epilog=mask_find.EXAMPLE)(mask_find.find)
+app.command("import", epilog=mask_files.IMPORT_EXAMPLE)(mask_files.import_)
+app.command("transfer", epilog=mask_files.TRANSFER_EXAMPLE)(mask_files.transfer)
 
 
 @app.command("show", epilog=EXAMPLE)
 @one_line_errors
-def show(file: Annotated[Path, typer.Argument(help="A mask.safetensors.")]) -> None:
+def show(
+    file: Annotated[Path, typer.Argument(help="A mask.safetensors.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the layers' densities (and p, if stored) to this PNG.", show_default=False)
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Add the kernel planes of this parameter to the plot.", show_default=False)
+    ] = None,
+    experiment: Annotated[int, typer.Option(help="Whose planes and p, where a mask has several.")] = 0,
+    overwrite: mask_files.Overwrite = False,
+) -> None:
     """Print what a mask keeps of each layer, and the recipe of the network it belongs to."""
     from rich.console import Console
     from rich.table import Table
 
     import sparse_gen as sg
 
+    if layer is not None and plot is None:
+        raise ValueError("layer: expected --plot FILE beside it, got none, add one")
     mask = sg.Mask.load(file)
     table = Table(box=None, padding=(0, 2, 0, 0), show_footer=True)
     table.add_column("parameter", "total", no_wrap=True)
@@ -49,6 +61,12 @@ def show(file: Annotated[Path, typer.Argument(help="A mask.safetensors.")]) -> N
     console.width = max(console.width, 100)  # a pipe has no width; cut names would be of no use
     console.print(table)
     console.print(f"recipe {json.dumps(mask.recipe, ensure_ascii=False)}", markup=False, soft_wrap=True)
+    if plot is not None:
+        from sparse_gen.experiments.mask_picture import draw_mask
+        from sparse_gen.files import claim_file
+
+        draw_mask(mask, claim_file(plot, overwrite), layer, experiment)
+        console.print(str(plot), markup=False)
 
 
 def density_bar(density: float, width: int = _BAR_WIDTH) -> str:

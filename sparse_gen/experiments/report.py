@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sparse_gen.masks import Mask
 
 _PANEL_INCHES = 3.3
-_BAR_INCHES = 0.17
+BAR_INCHES = 0.17
 _DPI = 120
 _MOST_BANDS_NAMED = 8
 _SEARCH, _FIT, _PEAK, _STOPPED, _NOISY = "#7f7f7f", "#1f5fa8", "#d1601f", "#2c8a4b", "#5a5a5a"
@@ -74,10 +74,10 @@ def draw_report(report: Report, path: str | os.PathLike[str]) -> None:
 def build_figure(report: Report) -> Figure:
     """Images above; below them losses, the PSNR where it is known, the density of layers, and frequency bands."""
     images = _images(report)
-    bars = _bars(report.mask)
+    bars = layer_bars(report.mask)
     height, width = report.noisy.shape[-2:]
     image_inches = _PANEL_INCHES * min(max(height / width, 0.2), 2.0) + 0.6
-    curve_inches = max(3.2, _BAR_INCHES * len(bars) + 0.7)
+    curve_inches = max(3.2, BAR_INCHES * len(bars) + 0.7)
     bands = _bands(report)
     band_inches = 3.2 if bands else 0
     # Not pyplot: it keeps every figure alive and may want a display.
@@ -104,7 +104,7 @@ def build_figure(report: Report) -> Figure:
     _draw_loss(panels[1], report.fit, "loss of the training", "training step", _FIT)
     if report.psnr is not None:
         _draw_psnr(panels[2], report)
-    _draw_bars(panels[-1], bars, report.mask)
+    draw_bars(panels[-1], bars, report.mask)
     return figure
 
 
@@ -134,7 +134,7 @@ def _draw_loss(axes, history: History, title: str, label: str, colour: str) -> N
     axes.plot(history.step, loss, color=colour, linewidth=1, marker=_marker(history))
     axes.set_title(f"{title}, {loss[-1]:.3g} at the end", fontsize=9)
     _scale_by_range(axes, loss)
-    _tidy(axes, label)
+    tidy(axes, label)
 
 
 def _bands(report: Report) -> list[tuple[str, torch.Tensor]]:
@@ -164,7 +164,7 @@ def _draw_bands(axes, history: History, title: str, energies: torch.Tensor) -> N
         axes.plot(history.step, energies[:, ring], color=colour, linewidth=1, marker=_marker(history), label=name)
     axes.set_title(title, fontsize=9)
     _scale_by_range(axes, energies)
-    _tidy(axes, "training step")
+    tidy(axes, "training step")
     # Beside the curves, which may be anywhere.
     axes.legend(title="of Nyquist", title_fontsize=7, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -199,11 +199,12 @@ def _draw_psnr(axes, report: Report) -> None:
     if noisy < float("inf"):
         axes.axhline(noisy, color=_NOISY, linewidth=1, linestyle=":", label=f"noisy: {noisy:.2f} dB")
     axes.set_title("PSNR, dB", fontsize=9)
-    _tidy(axes, "training step")
+    tidy(axes, "training step")
     axes.legend(fontsize=7, loc="lower right", framealpha=0.9)
 
 
-def _draw_bars(axes, bars: list[tuple[str, float]], mask: Mask) -> None:
+def draw_bars(axes, bars: list[tuple[str, float]], mask: Mask) -> None:
+    """Draw what `layer_bars` gave, in per cent."""
     names = [name for name, _ in bars]
     percent = [100 * density for _, density in bars]
     rows = range(len(bars))
@@ -213,12 +214,12 @@ def _draw_bars(axes, bars: list[tuple[str, float]], mask: Mask) -> None:
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlim(0, 1.15 * max([*percent, 1e-9]))
     axes.set_title(f"kept weights: {100 * mask.density:.3g} % of all", fontsize=9)
-    _tidy(axes, "% of a layer")
+    tidy(axes, "% of a layer")
     axes.tick_params(axis="y", labelsize=6, length=0)
     axes.grid(axis="y", visible=False)
 
 
-def _bars(mask: Mask) -> list[tuple[str, float]]:
+def layer_bars(mask: Mask) -> list[tuple[str, float]]:
     """Density of each convolution, and of biases and normalisation together unless kept whole.
 
     One by one they would be most of the bars, and one at 100 % would flatten the others.
@@ -238,7 +239,8 @@ def _marker(history: History) -> str:
     return "." if len(history.step) == 1 else ""
 
 
-def _tidy(axes, label: str) -> None:
+def tidy(axes, label: str) -> None:
+    """Small ticks, a faint grid, and a label below."""
     axes.set_xlabel(label, fontsize=8)
     axes.tick_params(labelsize=7)
     axes.grid(visible=True, linewidth=0.4, alpha=0.5)

@@ -48,7 +48,7 @@ def search(
             prunable=config.prunable,
             seed=config.seed,
             every=config.every,
-            recipe=_recipe(config),
+            recipe=recipe_of(config),
             checkpoints=checkpoints,
             progress=_as_stage("search", progress),
         )
@@ -95,7 +95,7 @@ def psnr_curve(run: FitResult, last: torch.Tensor, clean: torch.Tensor, steps: i
     return [*run.history.step, run.stopped_at or steps], [*run.history["psnr"][:, 0].tolist(), final]
 
 
-def _recipe(config: DenoiseConfig) -> dict[str, Any]:
+def recipe_of(config: DenoiseConfig) -> dict[str, Any]:
     """How to make z and the noise again; the network's recipe is added by the search."""
     return {
         "z": {

@@ -1,7 +1,8 @@
 """The file of a mask: masks as packed bits, kept weights as they are, and a header.
 
-Tensors "mask/<parameter>" hold the bits row-major (numpy.packbits), "weight/<parameter>" the kept initial
-weights. The header holds shapes, experiments, the parameters kept whole, and the recipe.
+Tensors "mask/<parameter>" hold the bits row-major (numpy.packbits), "weight/<parameter>" the kept initial weights and,
+where they are wanted, "logits/<parameter>" the logits of the search. The header holds shapes, experiments, the
+parameters kept whole, and the recipe.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ def save(mask: Mask, path: str | PathLike) -> None:
         tensors[f"mask/{name}"] = torch.from_numpy(np.packbits(keep.cpu().numpy()))
     for name, values in (mask.weights or {}).items():
         tensors[f"weight/{name}"] = values
+    for name, values in (mask.logits or {}).items():
+        tensors[f"logits/{name}"] = values
     header = {
         "shapes": {name: list(keep.shape) for name, keep in mask.tensors.items()},
         "whole": {name: list(shape) for name, shape in mask.whole.items()},
         "experiments": mask.experiments if mask.has_experiment_axis else None,
         "weights": mask.weights is not None,
+        "logits": mask.logits is not None,
         "recipe": mask.recipe,
     }
     write_tensors(path, tensors, kind="mask", version=VERSION, header=header)
@@ -46,7 +50,9 @@ def load(path: str | PathLike) -> Mask:
             raise TypeError("the recipe is no mapping")
         masks = {name: _unpack(tensors[f"mask/{name}"], shape) for name, shape in shapes.items()}
         weights = {name: tensors[f"weight/{name}"] for name in [*shapes, *whole]} if header["weights"] else None
-        return Mask(masks, experiments=experiments, whole=whole, weights=weights, recipe=recipe)
+        # Files of before there were logits do not mention them.
+        logits = {name: tensors[f"logits/{name}"] for name in shapes} if header.get("logits") else None
+        return Mask(masks, experiments=experiments, whole=whole, weights=weights, logits=logits, recipe=recipe)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else shorten(str(error), 300)
         raise ValueError(f"expected a sparse-gen mask file, got {path}, whose content does not fit: {reason}") from None

@@ -29,11 +29,12 @@ class Mask:
         whole: shapes of the parameters that are kept whole; they count as kept weights.
         weights: for each parameter, masked or whole, the initial values of its kept weights, 1-D in the order of
             the mask's True entries (experiment by experiment).
+        logits: for each masked parameter the logits of a search, of the mask's shape; 4 bytes a weight in the file.
         recipe: plain data that tells how network, input and noise are made: {"net": …, "z": …, "noise": …}.
 
     Raises:
-        ValueError: a tensor is not bool, a leading axis is not E, or weights are not finite or do not match the kept
-            entries.
+        ValueError: a tensor is not bool, a leading axis is not E, weights or logits are not finite or do not match the
+            kept entries or the mask.
 
     Density is the kept fraction over all parameters, whole ones included, so that it compares across methods.
     """
@@ -45,11 +46,13 @@ class Mask:
         experiments: int | None = None,
         whole: Mapping[str, tuple[int, ...]] | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
+        logits: Mapping[str, torch.Tensor] | None = None,
         recipe: dict | None = None,
     ):
         self.tensors = dict(tensors)
         self.whole = {name: tuple(shape) for name, shape in (whole or {}).items()}
         self.weights = None if weights is None else dict(weights)
+        self.logits = None if logits is None else dict(logits)
         self.recipe = recipe or {}
         self._experiments = experiments
         self._check()
@@ -72,6 +75,8 @@ class Mask:
                 )
         if self.weights is not None:
             self._check_weights()
+        if self.logits is not None:
+            self._check_logits()
 
     def _check_weights(self) -> None:
         for name, values in self.weights.items():
@@ -87,6 +92,17 @@ class Mask:
             raise ValueError(
                 f"expected one stored weight for each kept entry of {name}, {expected.get(name)}, got {got.get(name)}"
             )
+
+    def _check_logits(self) -> None:
+        if self.logits.keys() != self.tensors.keys():
+            name = next(iter(self.logits.keys() ^ self.tensors.keys()))
+            raise ValueError(f"expected logits of every masked parameter and of no other, got a difference in {name}")
+        for name, values in self.logits.items():
+            wanted = tuple(self.tensors[name].shape)
+            if not isinstance(values, torch.Tensor) or not values.is_floating_point() or tuple(values.shape) != wanted:
+                raise ValueError(f"expected the logits of {name} as floats of shape {wanted}, got {_kind(values)}")
+            if not values.isfinite().all():
+                raise ValueError(f"expected finite logits, got NaN or infinity in {name}")
 
     @property
     def experiments(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from sparse_gen.masks.mask import Mask
+from sparse_gen.masks.pruning import Found, Pruning
 from sparse_gen.masks.selection import kept_count, prunable_layout, top_k
 from sparse_gen.ops.philox import Stream, seed_tensor, uniform
 
@@ -37,3 +38,9 @@ def random_mask(
     keep = top_k(uniform(seeds, 0, Stream.MASK, layout.numel), count, seeds)
     whole = {name: tuple(p.shape) for name, p in parameters.items() if name not in layout.shapes}
     return Mask(layout.views(keep[0]), whole=whole, recipe={"random": {"density": density, "seed": seed}})
+
+
+def random_scores(problem: Pruning) -> Found:
+    """Score every weight by a number drawn from U(0, 1): the mask of `random_mask`."""
+    scores = uniform(problem.seed, 0, Stream.MASK, problem.layout.numel)[0].to(problem.weight.device)
+    return Found(problem.choose(scores, problem.count), scores)

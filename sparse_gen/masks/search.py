@@ -43,13 +43,15 @@ class SearchResult:
 
     Attributes:
         mask: the kept weights with their initial values; an experiment axis where there are several.
-        logits: parameter name → logits of its shape (a leading E where there are several experiments).
+        logits: parameter name → logits of its shape (a leading E where there are several experiments); empty for
+            methods that learn none.
         history: columns "loss" (mean squared error of the sampled network) and "kl" (nats, unweighted).
         connected: False if the masked network's output is constant.
         disconnected_at: the layer from which on it is constant.
         settings: every constant of the search.
         stopped_at: after how many steps the stopping rule ended the search, None if it did not; a list where there
             are several experiments.
+        scores: parameter name → what other methods chose by, the largest being kept; shapes as of the logits.
     """
 
     mask: Mask
@@ -59,6 +61,7 @@ class SearchResult:
     disconnected_at: str | None
     settings: dict[str, Any] = field(default_factory=dict)
     stopped_at: int | list[int | None] | None = None
+    scores: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def sample_masks(self, count: int, seed: int = 0) -> list[Mask]:
         """Draw masks m ~ Ber(sigmoid(logits)) instead of keeping the largest; their density varies.
@@ -69,8 +72,13 @@ class SearchResult:
 
         Returns:
             Masks with the same whole parameters and recipe, without stored weights.
+
+        Raises:
+            ValueError: there are no logits.
         """
         check_count(count, "count")
+        if not self.logits:
+            raise ValueError("expected a result with logits, got one of a method that learns none, use method='oes'")
         masks = []
         for i in range(count):
             tensors, index = {}, 0
@@ -241,8 +249,8 @@ def search_mask(
         logits = stop.selected(logits)
 
     keep = top_k(logits, count, seeds)
-    recipe = {**_network_recipe(net), "search": {"method": "oes", **settings}, **(recipe or {})}
-    mask = _make_mask(layout, whole, keep, weight, kept_whole, recipe)
+    recipe = {**network_recipe(net), "search": {"method": "oes", **settings}, **(recipe or {})}
+    mask = make_mask(layout, whole, keep, weight, kept_whole, recipe)
     connectivity = probe_connectivity(network, layout.views(weight * keep) | kept_whole, z)
     if not connectivity.connected:
         warnings.warn(
@@ -288,14 +296,16 @@ def _settings(preset: str, **given) -> dict[str, Any]:
     return {**PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
 
 
-def _network_recipe(net: nn.Module) -> dict:
+def network_recipe(net: nn.Module) -> dict:
+    """{"net": how to build it again}, a list of them for a stack; empty where it cannot tell."""
     if isinstance(net, Stack):
-        recipes = [_network_recipe(network) for network in net.networks]
+        recipes = [network_recipe(network) for network in net.networks]
         return {"net": [recipe["net"] for recipe in recipes]} if all(recipes) else {}
     return {"net": net.recipe()} if hasattr(net, "recipe") else {}
 
 
-def _make_mask(layout: ParameterLayout, whole: ParameterLayout, keep, weight, kept_whole, recipe) -> Mask:
+def make_mask(layout: ParameterLayout, whole: ParameterLayout, keep, weight, kept_whole, recipe) -> Mask:
+    """The mask of `keep` (E, N) with its initial weights: `weight` (N,) or (E, N), `kept_whole` name → (1 or E, …)."""
     experiments = len(keep) if len(keep) > 1 else None
     tensors = {name: k.cpu() for name, k in layout.views(keep if experiments else keep[0]).items()}
     shown = layout.views(weight.expand_as(keep) if experiments else weight)
