@@ -47,7 +47,7 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("command", ["", "denoise", "info", "mask", "mask show", "sweep", "sweep run"])
+@pytest.mark.parametrize("command", ["", "bench", "denoise", "info", "mask", "mask show", "sweep", "sweep run"])
 def test_help_imports_nothing_heavy_and_shows_an_example(command):
     code = f"""
 import sys

@@ -21,7 +21,9 @@ from sparse_gen.experiments.baselines import (
     PublishedSearch,
     PublishedTraining,
 )
+from sparse_gen.experiments.config import check_device
 from sparse_gen.experiments.environment import resolve_device, use_threads
+from sparse_gen.experiments.memory import available_memory, estimate_memory
 from sparse_gen.experiments.timing import Times, make_records, timed_round
 from sparse_gen.fitting.optimiser import Optimiser
 from sparse_gen.generators.sizes import deepest_depth
@@ -220,6 +222,16 @@ def _training_error(case: StepCase) -> float:
     return max(error.item() for error in errors)
 
 
+def _check_memory(size: int, depth: int, device: torch.device) -> None:
+    available = available_memory(device)
+    needed = estimate_memory(sg.generators.Hourglass(depth=depth), (size, size), device=device.type).search
+    if available is not None and needed > available:
+        raise ValueError(
+            f"size: expected steps that fit into the {available / 1e9:.1f} GB available on {device}, got {size}, whose "
+            f"take about {needed / 1e9:.1f} GB, give a smaller one"
+        )
+
+
 def bench(
     size: int = 256,
     density: float = 0.05,
@@ -245,13 +257,16 @@ def bench(
     Raises:
         ValueError: an argument is out of range.
     """
-    for name, value in {"size": size, "rounds": rounds}.items():
+    counts = {"size": size, "rounds": rounds} | ({} if threads is None else {"threads": threads})
+    for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a whole number from 1 on, got {value!r}, give another")
     if not 0 < density <= 1:
         raise ValueError(f"density: expected a fraction above 0 and up to 1, got {density}, give another")
-    where = str(resolve_device(device))
+    where = resolve_device(check_device("device", device))
     depth = deepest_depth((size, size))
+    _check_memory(size, depth, where)
+    where = str(where)
     records = []
     with use_threads(threads):
         for kind in ("training", "search"):

@@ -101,10 +101,33 @@ def machine(device: str) -> str:
     return "cpu"
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; none where there is no file yet.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        return []
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"output: expected a file of benchmark records, got the folder {path}, name a file in it"
+        )
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        fits = all("case" in record and "provider" in record for record in records)
+    except (ValueError, TypeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"output: expected a file of benchmark records, got {path} with something else, name another")
+    return records
+
+
 def merge_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Replace the records of the measured cases in a file, and keep the others."""
     measured = {record["case"] for record in records}
-    kept = [r for r in json.loads(path.read_text()) if r["case"] not in measured] if path.exists() else []
+    kept = [record for record in read_records(path) if record["case"] not in measured]
     with atomic_write(path, "w") as file:
         json.dump([*kept, *records], file, indent=1)
         file.write("\n")
