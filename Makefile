@@ -32,8 +32,8 @@ sanitize: $(INSTALLED)  ## run the C++ kernels under the address and undefined-b
 quality: $(INSTALLED)  ## compare the methods' PSNR over three seeds
 	$(BIN)/python bench/quality.py
 
-bench: $(INSTALLED)  ## measure speed
-	$(BIN)/pytest bench/
+bench: $(INSTALLED)  ## measure speed; ONLY="training and 512" a part of it, SAVE=1 to store the figures
+	$(BIN)/pytest bench/ $(if $(ONLY),-k "$(ONLY)") $(if $(SAVE),--save)
 
 # The stamp goes too: the library in the source tree has to be built again.
 clean:  ## delete what was built, but not .venv and demo/

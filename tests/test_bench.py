@@ -1,7 +1,9 @@
 """What benchmarks measure with: providers that agree, records, peak memory, `sparse-gen bench`."""
 
 import dataclasses
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +127,49 @@ def test_peak_memory_is_what_is_held_and_what_a_step_takes():
     if found is None:
         pytest.skip("this system does not let a process forget its peak")
     assert found == pytest.approx(100, abs=5)
+
+
+@pytest.fixture
+def targets(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    return importlib.import_module("targets")
+
+
+def step_records(targets, ours, **facts):
+    """Of a published loop and a plain PyTorch that take 100 ms and MB, and ours."""
+    case = StepCase(**facts)
+    times = {"published": [100.0], "plain": [100.0], "ours": [ours]}
+    peaks = {"plain": 100.0, "ours": 25.0}
+    return make_records("end_to_end", case.name, times, device="cpu", error=0.0, peak_mb=peaks, facts=case.facts)
+
+
+def test_targets_are_met_missed_or_not_measured(targets):
+    kept = {"kind": "training", "mask": "x", "mask_name": "published baboon mask"}
+    records = [
+        *step_records(targets, 12.0, size=256, **kept),
+        *step_records(targets, 40.0, size=512, **kept | {"mask_name": "published barbara mask"}),
+        *step_records(targets, 10.0, size=512, **kept),
+        *step_records(targets, 40.0, kind="dense", size=512),
+    ]
+    table = targets.table({"end_to_end": records})
+    assert "| training step, 256² | published loop | ≥ 8× | 8.3× baboon mask | met |" in table
+    assert "| training step, 512² | plain PyTorch | ≥ 7.5× | 10.0× baboon mask, 2.5× barbara mask | missed (1 of 2 met) |" in table  # fmt: skip # noqa: E501
+    assert "| dense DIP step, 512² | plain PyTorch | ≥ 2× | 2.5× | met |" in table
+    assert "| mask-search step, 256² | plain PyTorch | ≥ 3.5× | – | not measured |" in table
+    assert "≤ 0.3× | 0.25× baboon mask, 0.25× barbara mask | met |" in table
+
+
+def test_targets_of_cost_follow_sizes_and_densities(targets):
+    records = [
+        record
+        for size, density, ours in [(256, 0.05, 10.0), (512, 0.05, 44.0), (256, 0.5, 30.0), (256, 1.0, 30.0)]
+        for record in step_records(targets, ours, kind="training", size=size, density=density)
+    ]
+    assert targets.sizes(records, "training", "ours") == {256: 10, 512: 44}
+    assert targets.densities(records, "ours") == {1.0: 30, 0.5: 30, 0.05: 10}
+    table = targets.table({"end_to_end": records})
+    assert "that of 256² | ≤ 1× | 1.10× 512² | missed |" in table
+    assert "next denser mask | ≤ 1× | 1.00× 50 %, 0.33× 5 % | met |" in table
 
 
 def test_bench_prints_a_table_and_stores_records(capsys, tmp_path):

@@ -129,8 +129,12 @@ class StepCase:
 
     @property
     def facts(self) -> dict[str, Any]:
-        density = {"density": self.density} if self.kind == "training" else {}
-        return {"kind": self.kind, "size": self.size, "experiments": self.experiments, **density}
+        """For whoever draws the records."""
+        mask = None if self.kind != "training" else self.mask_name or "layered"
+        density = 1.0 if self.kind == "dense" else None if self.kind == "search" else self.density
+        return {
+            "kind": self.kind, "size": self.size, "experiments": self.experiments, "mask": mask, "density": density
+        }  # fmt: skip
 
     def smaller(self) -> StepCase:
         """The same on the smallest image that the depth takes."""
