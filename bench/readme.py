@@ -83,6 +83,7 @@ def draw() -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.6), layout="constrained")
     for axis, (title, (label, points)) in zip(axes, panels.items(), strict=True):
@@ -95,6 +96,7 @@ def draw() -> None:
         axis.set(title=title, xlabel=label, xscale="log", yscale="log")
         axis.set_xticks(sorted(ticks), [f"{100 * t:g} %" if label == "weights kept" else f"{t}" for t in sorted(ticks)])
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ms a step")
