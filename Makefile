@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quality bench lint clean
+.PHONY: help demo test sanitize quality bench lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{ printf "%-16s%s\n", $$1, $$2 }'
@@ -26,11 +26,14 @@ test: lint  ## run the tests
 lint: $(INSTALLED)  ## check the sources
 	$(BIN)/ruff check .
 
+sanitize: $(INSTALLED)  ## run the C++ kernels under the address and undefined-behaviour sanitizers
+	$(BIN)/pytest tests/test_sanitizers.py
+
 quality: $(INSTALLED)  ## compare the methods' PSNR over three seeds
 	$(BIN)/python bench/quality.py
 
-bench: $(INSTALLED)  ## measure speed
-	$(BIN)/pytest bench/
+bench: $(INSTALLED)  ## measure speed; ONLY="training and 512" a part of it, SAVE=1 to store the figures
+	$(BIN)/pytest bench/ $(if $(ONLY),-k "$(ONLY)") $(if $(SAVE),--save)
 
 # The stamp goes too: the library in the source tree has to be built again.
 clean:  ## delete what was built, but not .venv and demo/

@@ -196,8 +196,8 @@ def find_tools() -> Tools:
     )
 
 
-def compile_library(tools: Tools, cuda: bool, architectures: str) -> tuple[Path, dict]:
-    """Run CMake and Ninja.
+def compile_library(tools: Tools, cuda: bool, architectures: str, sanitize: bool = False) -> tuple[Path, dict]:
+    """Run CMake and Ninja; with `sanitize`, the library reports bad addresses and undefined behaviour when it runs.
 
     Returns:
         The library, and what CMake knows about it: "compiler" and "instruction_sets".
@@ -210,6 +210,8 @@ def compile_library(tools: Tools, cuda: bool, architectures: str) -> tuple[Path,
         "SPARSE_GEN_CUDA": "ON" if cuda else "OFF",
         "CMAKE_BUILD_TYPE": "Release",
     }
+    if sanitize:
+        configuration["SPARSE_GEN_SANITIZE"] = "ON"
     if cuda:
         configuration |= {
             "CMAKE_CUDA_COMPILER": tools.nvcc,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from baselines import TEMPERATURE, PlainSearch, PublishedSearch
 
 import sparse_gen as sg
 from sparse_gen.engine.layout import ParameterLayout
+from sparse_gen.experiments.baselines import TEMPERATURE, PlainSearch, PublishedSearch
 from sparse_gen.ops.concrete_mask import concrete_mask_update, concrete_mask_update_reference
 from sparse_gen.ops.philox import Stream
 

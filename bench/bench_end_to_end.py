@@ -1,129 +1,70 @@
-"""A whole step of the mask search and of the masked training."""
+"""A whole step of mask search, masked training and dense training, over sizes, densities, masks and experiments.
+
+In pieces: `pytest bench/bench_end_to_end.py -k NAME --save`, NAME out of search, training, published, dense, density,
+experiments, large.
+"""
 
 import pytest
-import torch
-from baselines import (
-    TEMPERATURE,
-    CompiledSearch,
-    CompiledTraining,
-    PlainSearch,
-    PlainTraining,
-    PublishedSearch,
-    PublishedTraining,
-)
-from masks import layered_mask
+from masks import PUBLISHED, published_mask
 
-import sparse_gen as sg
-from sparse_gen.engine.functional import run_experiments, training_copy
-from sparse_gen.engine.layout import ParameterLayout
-from sparse_gen.fitting.optimiser import Optimiser
-from sparse_gen.ops.concrete_mask import concrete_mask, concrete_mask_update
-from sparse_gen.ops.philox import Stream, seed_tensor, uniform
+from sparse_gen.experiments.bench import PROVIDERS, StepCase, check
+from sparse_gen.experiments.peak import peak_mb
 
-# The paper's constants, and all parameters prunable: the published loop knows nothing else.
-SETTINGS = {"lr": 1e-2, "kl_weight": 1e-9, "prior": 0.05}
+ROUNDS = {256: 12, 512: 8, 1024: 5, 2048: 4}
+DENSITIES = [0.01, 0.02, 0.1, 0.2, 0.5, 1.0]  # 5 % is bench_training
 
 
-class OurSearch:
-    """The loop body of `sg.search_mask`."""
+@pytest.fixture
+def measure(compare, with_compile):
+    """Checks, then times a case and, with `memory`, measures its providers' peaks."""
 
-    def __init__(self, net, z, y):
-        self.network = training_copy(net)
-        self.layout = ParameterLayout.of(self.network)
-        self.z, self.y = z.contiguous(memory_format=torch.channels_last), y
-        self.weight = self.layout.flatten(dict(self.network.named_parameters()))
-        self.logits, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.weight)[None] for _ in range(3))
-        self.seed, self.count = seed_tensor(0, z.device), 0
-        _, self.masked = concrete_mask(self.logits, self.weight, self.seed, 0, temperature=TEMPERATURE)
+    def run(case: StepCase, *, memory: bool = False, only_ours: bool = False):
+        error = check(case)
+        names = ("ours",) if only_ours else (*PROVIDERS, *(["compile"] if with_compile else []))
+        inputs = case.inputs()
+        steps = {name: case.step(name, inputs) for name in names}
+        peaks = {name: peak_mb(case, name) for name in names} if memory else None
+        rounds = ROUNDS[case.size]
+        compare("end_to_end", case.name, steps, error=error, rounds=rounds, peak_mb=peaks, facts=case.facts)
 
-    def step(self):
-        leaf = self.masked.requires_grad_()
-        output = run_experiments(self.network, self.layout.views(leaf), self.z)
-        (gradient,) = torch.autograd.grad((output - self.y).square().mean(), leaf)
-        self.masked = leaf.detach()
-        concrete_mask_update(
-            self.logits, self.exp_avg, self.exp_avg_sq, self.masked, self.weight, gradient, self.seed, self.count,
-            temperature=TEMPERATURE, **SETTINGS,
-        )  # fmt: skip
-        self.count += 1
+    return run
 
 
-def assert_searches_agree(device) -> float:
-    """Three float64 steps of all three searches with the same random numbers; returns the largest difference."""
-    net = sg.generators.Hourglass(depth=4).double().to(device)
-    z = sg.noise_input(32, (96, 80), device=device).double()
-    y = torch.rand(1, 3, 96, 80, device=device, dtype=torch.float64)
-    ours = OurSearch(net, z, y)
-    others = [PublishedSearch(net, z, y, **SETTINGS), PlainSearch(net, z, y, **SETTINGS)]
-    for step in range(3):
-        logistic = uniform(ours.seed, step, Stream.MASK, ours.layout.numel)[0].double().logit()
-        others[0].step(list(ours.layout.views(logistic).values()))
-        others[1].step(logistic)
-        ours.step()
-    error = max((other.flat_logits() - ours.logits[0]).abs().max().item() for other in others)
-    assert error <= 1e-9
-    return error
+@pytest.mark.parametrize("size", [256, 512, 1024])
+def bench_search(measure, device, size):
+    measure(StepCase("search", size, device=device), memory=size == 512)
+
+
+@pytest.mark.parametrize("size", [256, 512, 1024])
+def bench_training(measure, device, size):
+    measure(StepCase("training", size, device=device), memory=True)
 
 
 @pytest.mark.parametrize("size", [256, 512])
-def bench_search_step(compare, device, with_compile, size):
-    error = assert_searches_agree(device)
-    net = sg.generators.Hourglass().to(device)
-    z, y = sg.noise_input(32, (size, size), device=device), torch.rand(1, 3, size, size, device=device)
-    providers = {
-        "published": PublishedSearch(net, z, y, **SETTINGS).step,
-        "plain": PlainSearch(net, z, y, **SETTINGS).step,
-        "ours": OurSearch(net, z, y).step,
-    }
-    if with_compile:
-        providers["compile"] = CompiledSearch(net, z, y, **SETTINGS).step
-    compare("end_to_end", f"mask-search step, {size}²", providers, error=error, rounds=10 if size == 256 else 6)
+@pytest.mark.parametrize("name", PUBLISHED)
+def bench_published(measure, device, tmp_path, name, size):
+    mask = published_mask(name)
+    mask.save(tmp_path / "mask.safetensors")
+    case = StepCase(
+        "training", size, mask.density, str(tmp_path / "mask.safetensors"), f"published {name} mask", device=device
+    )
+    measure(case, memory=size == 512)
 
 
-class OurTraining:
-    """The loop body of `sg.fit`."""
-
-    def __init__(self, net, mask, z, y, *, lr):
-        self.module, self.z, self.y, self.count = sg.compile(net, mask, z), z, y, 0
-        self.optimiser = Optimiser(self.module, lr, 0.0, seed_tensor(0, z.device))
-
-    def output(self):
-        return self.module(self.z).detach()
-
-    def step(self):
-        self.optimiser.step((self.module(self.z) - self.y).square().mean(), self.count)
-        self.count += 1
+@pytest.mark.parametrize("size", [256, 512, 1024])
+def bench_dense(measure, device, size):
+    measure(StepCase("dense", size, device=device), memory=size == 512)
 
 
-def assert_trainings_agree(device) -> float:
-    """Three float64 steps of all three trainings; returns the outputs' largest relative difference."""
-    net = sg.generators.Hourglass(depth=4).double().to(device)
-    z = sg.noise_input(32, (96, 80), device=device).double()
-    y = torch.rand(1, 3, 96, 80, device=device, dtype=torch.float64)
-    trainings = [
-        training(net, layered_mask(net), z, y, lr=1e-2) for training in (OurTraining, PublishedTraining, PlainTraining)
-    ]
-    for training in trainings:
-        for _ in range(3):
-            training.step()
-    ours, *others = (training.output() for training in trainings)
-    error = max(((other - ours).norm() / ours.norm()).item() for other in others)
-    assert error <= 1e-6  # a γ whose gradient is 0 takes Adam's full step in the direction of its rounding
-    return error
+@pytest.mark.parametrize("density", DENSITIES)
+def bench_density(measure, device, density):
+    measure(StepCase("training", 256, density, device=device))
 
 
-@pytest.mark.parametrize("size", [256, 512])
-def bench_training_step(compare, device, with_compile, size):
-    error = assert_trainings_agree(device)
-    net = sg.generators.Hourglass().to(device)
-    z, y = sg.noise_input(32, (size, size), device=device), torch.rand(1, 3, size, size, device=device)
-    mask = layered_mask(net)
-    providers = {
-        "published": PublishedTraining(net, mask, z, y, lr=1e-2).step,
-        "plain": PlainTraining(net, mask, z, y, lr=1e-2).step,
-        "ours": OurTraining(net, mask, z, y, lr=1e-2).step,
-    }
-    if with_compile:
-        providers["compile"] = CompiledTraining(net, mask, z, y, lr=1e-2).step
-    case = f"masked training step, {size}², 5 %"
-    compare("end_to_end", case, providers, error=error, rounds=12 if size == 256 else 6)
+@pytest.mark.parametrize("kind", ["search", "training"])
+def bench_experiments(measure, device, kind):
+    measure(StepCase(kind, 256, experiments=4, device=device))
+
+
+def bench_large(measure, device):
+    measure(StepCase("training", 2048, device=device), memory=True, only_ours=True)

@@ -1,4 +1,10 @@
-"""`sparse_conv2d` against oneDNN's (or cuDNN's) dense convolution of the masked weight, forward and backward."""
+"""`sparse_conv2d` against oneDNN's (or cuDNN's) dense convolution of the masked weight, forward and backward.
+
+And against SparseProp (Nikdan et al., ICML 2023), the one public sparse convolution for CPUs that has a backward pass,
+where `pip install sparseprop` was run: it is no dependency of the project.
+"""
+
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -31,6 +37,32 @@ def assert_equal(x, values, pattern, weight, gradient) -> float:
     return error
 
 
+def bench_sparseprop():
+    """Only says whether it is there, and was therefore measured in the cases below."""
+    pytest.importorskip("sparseprop", reason="SparseProp is not measured: pip install sparseprop")
+
+
+def sparseprop_step(x, weight, gradient, pattern, backward):
+    """SparseProp's convolution as a provider, compared with the dense one first."""
+    from sparseprop.modules import SparseConv2d
+
+    # Its default vectorises over the batch, and gives wrong results for a batch of one.
+    convolve = SparseConv2d(weight, padding=weight.shape[-1] // 2, stride=1, vectorizing_over_on=True)
+    leaves = [x.clone().requires_grad_(), convolve.W_val]
+
+    def step():
+        out = convolve(leaves[0])
+        return [out, *torch.autograd.grad(out, leaves, gradient)] if backward else [out]
+
+    doubles = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = F.conv2d(*doubles, padding=weight.shape[-1] // 2)
+    want = [expected, *torch.autograd.grad(expected, doubles, gradient.double())]
+    want[2] = want[2].flatten()[pattern.index]
+    for got, wanted in zip(step(), want, strict=False):
+        assert (got.double() - wanted).norm() <= 5e-6 * wanted.norm()
+    return step
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}to{s[1]}_{s[2]}x{s[2]}_{s[3]}")
 def bench_sparse_conv2d(compare, device, shape, backward):
@@ -56,6 +88,9 @@ def bench_sparse_conv2d(compare, device, shape, backward):
         if backward:
             torch.autograd.grad(out, sparse, gradient)
 
+    providers = {"plain": plain, "ours": ours}
+    if device == "cpu" and find_spec("sparseprop"):
+        providers["sparseprop"] = sparseprop_step(x.detach(), weight.detach(), gradient, pattern, backward)
     passes = "forward + backward" if backward else "forward"
     case = f"{in_channels} to {out_channels}, {kernel}×{kernel}, {size}², density {density}, {passes}"
-    compare("sparse_conv2d", case, {"plain": plain, "ours": ours}, error=error, rounds=21)
+    compare("sparse_conv2d", case, providers, error=error, rounds=21)

@@ -47,7 +47,7 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-COMMANDS = ["", "denoise", "info", "mask", "mask compare", "mask find", "mask import", "mask show"]
+COMMANDS = ["", "bench", "denoise", "info", "mask", "mask compare", "mask find", "mask import", "mask show"]
 COMMANDS += ["mask transfer", "sweep", "sweep run"]
 
 

@@ -134,3 +134,18 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_named():
         net.head.bias.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="at step 0"):
         sg.fit(net, z, y, steps=3)
+
+
+def test_two_compiled_runs_give_the_same_bits():
+    z, y, _ = problem()
+    net = small_net()
+    threads, runs = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    for _ in range(2):
+        fast = sg.compile(net, random_mask(net, 0.2), z)
+        assert any("sparse" in stage.kernel for stage in fast.plan.stages)
+        fit = sg.fit(fast, z, y, steps=5, every=1, input_jitter=0.03, seed=2)
+        runs.append((fit.image, fit.history["loss"], fast.values.detach()))
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *runs))
+    assert not torch.equal(runs[0][2], sg.compile(net, random_mask(net, 0.2), z).values)

@@ -168,9 +168,7 @@ def run_python(*arguments: object, cwd: Path, check: bool = True, **environment:
     """Run Python with none of this project's variables set."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SPARSE_GEN_", "PYTHON"))}
     command = [sys.executable, *map(str, arguments)]
-    run = subprocess.run(
-        command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=600
-    )
+    run = subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=600)
     if check and run.returncode:
         pytest.fail(f"{command} failed:\n{run.stdout}\n{run.stderr}")
     return run
@@ -221,9 +219,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    run_python(
-        *("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", folder), cwd=source
-    )
+    run_python(*("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", folder), cwd=source)
     (path,) = folder.iterdir()
     return path
 
@@ -240,10 +236,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, source):
         for pattern in ("*.py", "*.pyi", "py.typed")
         for path in (source / "sparse_gen").rglob(pattern)
     }
-    kernels = {
-        f"sparse_gen/{path.relative_to(source).as_posix()}"
-        for path in (source / "kernels").rglob("*.py")
-    }
+    kernels = {f"sparse_gen/{path.relative_to(source).as_posix()}" for path in (source / "kernels").rglob("*.py")}
     built = {"sparse_gen/_build.json", "sparse_gen/_sparse_gen.so"}
     assert kernels and "sparse_gen/py.typed" in package
     assert names - outside - built == package | kernels

@@ -8,7 +8,7 @@ from io import TextIOWrapper
 
 import typer
 
-from sparse_gen.cli import denoise, info, mask, sweep
+from sparse_gen.cli import bench, denoise, info, mask, sweep
 from sparse_gen.cli.errors import BAD_INPUT, one_line_warnings, print_error
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("denoise", epilog=denoise.EXAMPLE)(denoise.command)
+app.command("bench", epilog=bench.EXAMPLE)(bench.command)
 app.command("info", epilog=info.EXAMPLE)(info.command)
 app.add_typer(mask.app, name="mask")
 app.add_typer(sweep.app, name="sweep")

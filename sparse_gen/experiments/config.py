@@ -231,7 +231,7 @@ def _stop(name: str, value: Any) -> str:
     return "none" if value is None else choice(*STOPS)(name, value)  # YAML's null says the same
 
 
-def _device(name: str, value: Any) -> str:
+def check_device(name: str, value: Any) -> str:
     if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         return value
     raise ValueError(f"{name}: expected auto, cpu, cuda or cuda:N, got {show(value)}, use one of them")
@@ -285,7 +285,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "rings": _optional(_integer(1, 1000)),
     "every": _steps,
     "seed": _integer(0, 2**63 - 1),
-    "device": _device,
+    "device": check_device,
     "threads": _optional(_integer(1, 1024)),
     "generator": choice(*GENERATORS),
     "depth": _optional(_integer(1, 16)),

@@ -1,4 +1,4 @@
-"""What we compare with: the published loop, and the best plain PyTorch.
+"""What our steps are compared with: the published loop, and the best plain PyTorch.
 
 `PublishedSearch` does what the authors' loop does: logits and samples parameter by parameter, a two-class
 Gumbel-softmax, a copy of the network every step, the KL through autograd, Adam over a list. `PlainSearch` is the same
@@ -122,20 +122,21 @@ class CompiledSearch(PlainSearch):
 
 
 class PublishedTraining:
-    """The masked network trained densely: Adam over all parameters, gradients multiplied by the mask."""
+    """The network trained densely: Adam over all parameters, gradients multiplied by the mask if there is one."""
 
     def __init__(self, net, mask, z, y, *, lr):
         self.net, self.z, self.y = deepcopy(net), z, y
-        self.keep = [mask.dense(net)[name][0].to(z.dtype) for name, _ in net.named_parameters()]
+        dense = {} if mask is None else mask.dense(net)
+        self.masked = [(p, dense[name][0].to(z)) for name, p in self.net.named_parameters() if mask is not None]
         with torch.no_grad():
-            for parameter, keep in zip(self.net.parameters(), self.keep, strict=True):
+            for parameter, keep in self.masked:
                 parameter.mul_(keep)
         self.adam = torch.optim.Adam(self.net.parameters(), lr=lr)
 
     def step(self):
         self.adam.zero_grad()
         F.mse_loss(self.net(self.z), self.y).backward()
-        for parameter, keep in zip(self.net.parameters(), self.keep, strict=True):
+        for parameter, keep in self.masked:
             parameter.grad.mul_(keep)
         self.adam.step()
 
@@ -144,18 +145,19 @@ class PublishedTraining:
 
 
 class PlainTraining:
-    """The same as one flat vector of all weights, masked in the forward pass."""
+    """The same as one flat vector of all weights, masked in the forward pass if there is a mask."""
 
     def __init__(self, net, mask, z, y, *, lr):
         self.net = training_copy(net)
         self.layout = ParameterLayout.of(self.net)
-        self.keep = self.layout.flatten(mask.dense(net), 1)[0].to(z.dtype)
+        self.keep = None if mask is None else self.layout.flatten(mask.dense(net), 1)[0].to(z)
         self.z, self.y = z.contiguous(memory_format=torch.channels_last), y
         self.weight = self.layout.flatten(dict(self.net.named_parameters())).requires_grad_()
         self.adam = torch.optim.Adam([self.weight], lr=lr, fused=True)
 
     def output(self):
-        return functional_call(self.net, self.layout.views(self.weight * self.keep), (self.z,))
+        weight = self.weight if self.keep is None else self.weight * self.keep
+        return functional_call(self.net, self.layout.views(weight), (self.z,))
 
     def step(self):
         self.adam.zero_grad()
