@@ -1,167 +1,281 @@
 #include "cpu/sparse_conv2d.h"
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "binding.h"
-#include "correlate.h"
 #include "cpu/padding.h"
+#include "cpu/sparse_rows.h"
 #include "scratch.h"
+#include "sparse_table.h"
 
 namespace sparse_gen {
 
 namespace {
 
-// The shape of one layer. With stride 2 the padded input is stored as four planes a channel, its even and odd rows
-// and columns apart, in which every weight again sees a contiguous shift.
-struct Layer {
-  int64_t in_channels, height, width, out_channels, kernel_h, kernel_w, stride, padding, mode;
+// Slots of scratch memory: the first are filled before the threads start, the others are each thread's own.
+enum Slot { kTable, kValues, kShared, kPartial, kSource, kResult, kGradient, kSums };
 
-  int64_t out_h() const { return (height + 2 * padding - kernel_h) / stride + 1; }
-  int64_t out_w() const { return (width + 2 * padding - kernel_w) / stride + 1; }
-  int64_t phases() const { return stride * stride; }
-
-  // The padded input's planes.
-  int64_t rows() const { return (height + 2 * padding + stride - 1) / stride; }
-  int64_t row() const { return (width + 2 * padding + stride - 1) / stride; }
-  int64_t source_offset(int64_t channel, int64_t ky, int64_t kx) const {
-    const int64_t half = stride - 1;  // a shift and a mask instead of divisions: there may be 10^5 weights
-    const int64_t plane = (channel * stride + (ky & half)) * stride + (kx & half);
-    return (plane * rows() + (ky >> half)) * row() + (kx >> half);
-  }
-  int64_t source_size() const { return in_channels * phases() * rows() * row() + kPlaneSlack; }
-
-  // The output's gradient with zeros around it, from which the input's gradient is gathered.
-  int64_t grad_top() const { return (kernel_h - 1) / stride; }
-  int64_t grad_left() const { return (kernel_w - 1) / stride; }
-  int64_t grad_rows() const { return rows() + grad_top(); }
-  int64_t grad_row() const { return row() + grad_left(); }
-  int64_t grad_offset(int64_t channel, int64_t ky, int64_t kx) const {
-    const int64_t half = stride - 1;
-    return (channel * grad_rows() + grad_top() - (ky >> half)) * grad_row() + grad_left() - (kx >> half);
-  }
-  int64_t grad_size() const { return out_channels * grad_rows() * grad_row() + kPlaneSlack; }
-
-  // Where padded position i of an axis comes from; -1 for a zero.
-  int64_t origin(int64_t i, int64_t length) const { return padded_origin(i - padding, length, padding, mode); }
+// How one pass over a layer is cut up. Rows are cut into strips, source channels into blocks: a block's shifted copies
+// are made just before they are used, and stay in the cache while every group of weights passes over them. An image of
+// few positions is one strip, and its channels are dealt to the threads.
+struct Cut {
+  int64_t pitch, strip_rows, strips, result_stride;
+  int64_t block, blocks;
+  int64_t channel_stride;  // of the shifted source
+  Tiles tiles;
 };
 
-// With the stride as a constant and no overlap the compiler makes vectors of these; with neither, single moves.
+// `width` and `height` of the result's planes, `copies` the shifted planes of a source channel of which `halo` rows
+// more are read than written, `kept` weights in `groups`.
 template <class T>
-void take_every_second(T* __restrict to, const T* __restrict from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[2 * i];
+Cut cut(int64_t height, int64_t width, int64_t copies, int64_t halo, int64_t channels, int64_t kept,
+        int64_t groups) {
+  constexpr int64_t line = kLine / sizeof(T);
+  const int64_t pitch = (width + line - 1) / line * line;
+  const bool small = height * pitch <= 32 * line;
+  // The rows above and below a strip are copied with it.
+  const int64_t strip_rows = small ? height : std::min<int64_t>(height, std::max(2 * halo, 8 * line / pitch) + (halo == 0));
+  const int64_t tile_rows = std::max<int64_t>(1, 8 * line / pitch), tile_row = std::min<int64_t>(pitch, 8 * line) * sizeof(T);
+  const int64_t in_tile = copies * (tile_rows + halo) * tile_row;
+  const int64_t per_channel = copies * (strip_rows + halo) * pitch;
+  // Measured: a block of sources may fill 32 KiB, and is to give each group ten weights.
+  const int64_t weights = std::max<int64_t>(1, kept / groups);
+  const int64_t block = std::clamp<int64_t>(std::max<int64_t>(32768 / in_tile, (10 * channels + weights - 1) / weights), 1, channels);
+  return {pitch, strip_rows, (height + strip_rows - 1) / strip_rows, (strip_rows * pitch / line | 1) * line,
+          block, (channels + block - 1) / block, per_channel, small ? Tiles::alone : Tiles::narrow};
 }
 
 template <class T>
-void add_to_every_second(T* __restrict to, const T* __restrict from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[2 * i] += from[i];
-}
+class Convolution {
+ public:
+  Convolution(const ConvShape& shape, const Tensor& taps) : s_(shape), kept_(taps.size(1)) {
+    out_ = taps.const_data_ptr<int32_t>();
+    in_ = out_ + kept_;
+    ky_ = in_ + kept_;
+    kx_ = ky_ + kept_;
+    // Copies of an input channel: one a kernel column and row phase.
+    over_x_ = cut<T>(s_.out_h(), s_.out_w(), s_.kernel_w * s_.stride, s_.shifts_h() - 1, s_.in_channels, kept_,
+                     s_.out_channels);
+    over_grad_ = cut<T>(s_.rows(), s_.columns(), s_.shifts_w(), s_.shifts_h() - 1, s_.out_channels, kept_,
+                        s_.in_channels * s_.phases());
+  }
 
-template <class T>
-void pad_input(const Layer& layer, const T* x, T* source) {
-  const int64_t s = layer.stride, rows = layer.rows(), row = layer.row();
-  torch::stable::parallel_for(0, layer.in_channels * s, 1, [&](int64_t first, int64_t last) {
-    std::vector<int64_t> column(row * s);
-    for (int64_t i = 0; i < row * s; ++i) column[i] = layer.origin(i, layer.width);
-    for (int64_t channel_phase = first; channel_phase < last; ++channel_phase) {
-      const T* image = x + channel_phase / s * layer.height * layer.width;
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t y = layer.origin(r * s + channel_phase % s, layer.height);
-        for (int64_t phase = 0; phase < s; ++phase) {
-          T* to = source + ((channel_phase * s + phase) * rows + r) * row;
-          if (y < 0) {
-            std::memset(to, 0, row * sizeof(T));
+  const Cut& over_x() const { return over_x_; }
+  const Cut& over_grad() const { return over_grad_; }
+
+  void fill_to_outputs(SparseTable<T>& table, const T* values) const {
+    const int64_t half = s_.stride - 1;
+    table.fill(
+        values, [&](int64_t k) { return in_[k] / over_x_.block; },
+        [&](int64_t k) {
+          const int64_t rows = over_x_.strip_rows + s_.shifts_h() - 1;
+          const int64_t copy = ((in_[k] % over_x_.block) * s_.kernel_w + kx_[k]) * s_.stride + (ky_[k] & half);
+          return (copy * rows + (ky_[k] >> half)) * over_x_.pitch;
+        });
+  }
+
+  void fill_to_inputs(SparseTable<T>& table, const T* values) const {
+    const int64_t half = s_.stride - 1;
+    table.fill(
+        values, [&](int64_t k) { return out_[k] / over_grad_.block; },
+        [&](int64_t k) {
+          const int64_t above = s_.shifts_h() - 1, rows = over_grad_.strip_rows + above;
+          const int64_t copy = (out_[k] % over_grad_.block) * s_.shifts_w() + (kx_[k] >> half);
+          return (copy * rows + above - (ky_[k] >> half)) * over_grad_.pitch;
+        });
+  }
+
+  void forward(const SparseTable<T>& table, const T* x, const T* bias, T* out) const {
+    const Cut& c = over_x_;
+    const SparseRows<T> rows = table.rows();
+    const int64_t plane = s_.out_h() * s_.out_w();
+    const auto store = [&](int64_t strip, int64_t first, int64_t last, const T* result) {
+      const int64_t y = strip * c.strip_rows, count = std::min<int64_t>(s_.out_h() - y, c.strip_rows);
+      SPARSE_GEN_DISPATCH(copy_rows, result, c.result_stride, c.pitch, out + first * plane + y * s_.out_w(), plane,
+                          s_.out_w(), last - first, count, s_.out_w(), bias ? bias + first : nullptr);
+    };
+    const auto multiply = [&](int64_t block, int64_t first, int64_t last, const T* source, T* result) {
+      const int64_t row = block * s_.out_channels;
+      SPARSE_GEN_DISPATCH(multiply_rows, rows, row + first, row + last, source, result, c.result_stride,
+                          c.strip_rows * c.pitch, c.tiles, block > 0);
+    };
+    if (c.strips == 1) {
+      const T* source = shifted_input(x);
+      torch::stable::parallel_for(0, s_.out_channels, 1, [&](int64_t first, int64_t last) {
+        T* result = scratch<T>(kResult, (last - first) * c.result_stride);
+        for (int64_t b = 0; b < c.blocks; ++b) multiply(b, first, last, source + b * c.block * c.channel_stride, result);
+        store(0, first, last, result);
+      });
+      return;
+    }
+    torch::stable::parallel_for(0, c.strips, 1, [&](int64_t first, int64_t last) {
+      T* result = scratch<T>(kResult, s_.out_channels * c.result_stride);
+      T* source = scratch<T>(kSource, c.block * c.channel_stride);
+      for (int64_t strip = first; strip < last; ++strip) {
+        for (int64_t b = 0; b < c.blocks; ++b) {
+          shift_block(x, b, strip, source);
+          multiply(b, 0, s_.out_channels, source, result);
+        }
+        store(strip, 0, s_.out_channels, result);
+      }
+    });
+  }
+
+  void backward_values(const SparseTable<T>& table, const T* x, const T* grad_out, T* grad_values) const {
+    const Cut& c = over_x_;
+    const SparseRows<T> rows = table.rows();
+    const int64_t plane = s_.out_h() * s_.out_w(), length = c.strip_rows * c.pitch;
+    // The output's gradient of a strip in the source's pitch, zeros where there is none.
+    const auto load = [&](int64_t strip, int64_t first, int64_t last, T* to) {
+      const int64_t y = strip * c.strip_rows, count = std::min<int64_t>(s_.out_h() - y, c.strip_rows);
+      SPARSE_GEN_DISPATCH(copy_rows, grad_out + first * plane + y * s_.out_w(), plane, s_.out_w(), to, c.result_stride,
+                          c.pitch, last - first, count, s_.out_w(), nullptr);
+      for (int64_t o = first; count < c.strip_rows && o < last; ++o)
+        std::memset(to + (o - first) * c.result_stride + count * c.pitch, 0, (c.strip_rows - count) * c.pitch * sizeof(T));
+    };
+    const auto dot = [&](int64_t block, int64_t first, int64_t last, const T* source, const T* gradient, T* sums,
+                         int64_t sums_begin) {
+      const int64_t row = block * s_.out_channels;
+      T* own = sums + (table.begin(block, first) - sums_begin) * kDotLanes;
+      SPARSE_GEN_DISPATCH(dot_rows, rows, row + first, row + last, source, gradient, c.result_stride, length, c.tiles, own);
+    };
+    if (c.strips == 1) {
+      const T* source = shifted_input(x);
+      T* result = scratch<T>(kPartial, table.slots());
+      torch::stable::parallel_for(0, s_.out_channels, 1, [&](int64_t first, int64_t last) {
+        const int64_t begin = table.first_slot(first), count = table.first_slot(last) - begin;
+        T* sums = scratch<T>(kSums, count * kDotLanes);
+        std::memset(sums, 0, count * kDotLanes * sizeof(T));
+        T* gradient = scratch<T>(kGradient, (last - first) * c.result_stride);
+        load(0, first, last, gradient);
+        for (int64_t b = 0; b < c.blocks; ++b)
+          dot(b, first, last, source + b * c.block * c.channel_stride, gradient, sums, begin);
+        SPARSE_GEN_DISPATCH(finish_dots, sums, count, result + begin);
+      });
+      table.collect(result, 1, grad_values);
+      return;
+    }
+    // Parts of the image whose number depends on its size alone, so that the sums' bits do not depend on the threads.
+    const int64_t parts = std::min<int64_t>(c.strips, std::clamp<int64_t>(plane / 1024, 2, 16));
+    T* partial = scratch<T>(kPartial, parts * table.slots());
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      T* sums = scratch<T>(kSums, table.slots() * kDotLanes);
+      T* source = scratch<T>(kSource, c.block * c.channel_stride);
+      T* gradient = scratch<T>(kGradient, s_.out_channels * c.result_stride);
+      for (int64_t part = first; part < last; ++part) {
+        std::memset(sums, 0, table.slots() * kDotLanes * sizeof(T));
+        for (int64_t strip = part * c.strips / parts; strip < (part + 1) * c.strips / parts; ++strip) {
+          load(strip, 0, s_.out_channels, gradient);
+          for (int64_t b = 0; b < c.blocks; ++b) {
+            shift_block(x, b, strip, source);
+            dot(b, 0, s_.out_channels, source, gradient, sums, 0);
+          }
+        }
+        SPARSE_GEN_DISPATCH(finish_dots, sums, table.slots(), partial + part * table.slots());
+      }
+    });
+    table.collect(partial, parts, grad_values);
+  }
+
+  void backward_x(const SparseTable<T>& table, const T* grad_out, T* grad_x) const {
+    const Cut& c = over_grad_;
+    const SparseRows<T> rows = table.rows();
+    const int64_t phases = s_.phases(), groups = s_.in_channels * phases, image = s_.height * s_.width;
+    const int64_t padded_rows = s_.height + 2 * s_.padding;
+    const auto multiply = [&](int64_t block, int64_t first, int64_t last, const T* source, T* result) {
+      const int64_t row = block * groups;
+      SPARSE_GEN_DISPATCH(multiply_rows, rows, row + first * phases, row + last * phases, source, result, c.result_stride,
+                          c.strip_rows * c.pitch, c.tiles, block > 0);
+    };
+    const auto fold = [&](const T* result, int64_t strip_row, int64_t channels, int64_t begin, int64_t end, T* to) {
+      SPARSE_GEN_DISPATCH(fold_rows, s_, result, c.result_stride, c.pitch, strip_row, channels, begin, end, to);
+    };
+    if (c.strips == 1) {
+      T* source = scratch<T>(kShared, c.blocks * c.block * c.channel_stride);
+      const int64_t plane = s_.out_h() * s_.out_w();
+      torch::stable::parallel_for(0, s_.out_channels, 1, [&](int64_t first, int64_t last) {
+        SPARSE_GEN_DISPATCH(shift_gradient, s_, grad_out + first * plane, last - first, 0, c.strip_rows, c.pitch,
+                            source + first * c.channel_stride);
+      });
+      torch::stable::parallel_for(0, s_.in_channels, 1, [&](int64_t first, int64_t last) {
+        T* result = scratch<T>(kResult, (last - first) * phases * c.result_stride);
+        for (int64_t b = 0; b < c.blocks; ++b) multiply(b, first, last, source + b * c.block * c.channel_stride, result);
+        std::memset(grad_x + first * image, 0, (last - first) * image * sizeof(T));
+        fold(result, 0, last - first, 0, padded_rows, grad_x + first * image);
+      });
+      return;
+    }
+    torch::stable::parallel_for(0, c.strips, 1, [&](int64_t first, int64_t last) {
+      T* result = scratch<T>(kResult, 2 * groups * c.result_stride);
+      T* border = result + groups * c.result_stride;
+      T* source = scratch<T>(kSource, c.block * c.channel_stride);
+      const auto compute = [&](int64_t row, T* to) {
+        for (int64_t b = 0; b < c.blocks; ++b) {
+          const int64_t channel = b * c.block, count = std::min<int64_t>(s_.out_channels - channel, c.block);
+          SPARSE_GEN_DISPATCH(shift_gradient, s_, grad_out + channel * s_.out_h() * s_.out_w(), count, row,
+                              row + c.strip_rows, c.pitch, source);
+          multiply(b, 0, s_.in_channels, source, to);
+        }
+      };
+      for (int64_t strip = first; strip < last; ++strip) {
+        const int64_t row = strip * c.strip_rows, begin = row * s_.stride;
+        const int64_t end = std::min<int64_t>(padded_rows, (row + c.strip_rows) * s_.stride);
+        // The image rows that this strip alone writes, and the padded rows of others that repeat them.
+        const int64_t own = std::clamp<int64_t>(begin - s_.padding, 0, s_.height);
+        const int64_t own_end = std::clamp<int64_t>(end - s_.padding, 0, s_.height);
+        if (own == own_end) continue;
+        compute(row, result);
+        for (int64_t i = 0; i < s_.in_channels; ++i)
+          std::memset(grad_x + i * image + own * s_.width, 0, (own_end - own) * s_.width * sizeof(T));
+        fold(result, row, s_.in_channels, own + s_.padding, own_end + s_.padding, grad_x);
+        int64_t in_border = -1;
+        for (int64_t y = 0; y < padded_rows; y = y + 1 == s_.padding ? s_.height + s_.padding : y + 1) {
+          if (y == s_.padding && y < s_.height + s_.padding) y = s_.height + s_.padding;
+          if (y >= padded_rows) break;
+          const int64_t from = padded_origin(y - s_.padding, s_.height, s_.padding, s_.mode);
+          if (from < own || from >= own_end) continue;
+          if (y >= begin && y < end) {
+            fold(result, row, s_.in_channels, y, y + 1, grad_x);
             continue;
           }
-          const T* from = image + y * layer.width;
-          // Columns that lie inside need no look-up.
-          const int64_t begin = (layer.padding - phase + s - 1) / s;
-          const int64_t inside = (layer.width + layer.padding - phase + s - 1) / s;
-          const int64_t end = inside < row ? inside : row;
-          for (int64_t c = 0; c < begin; ++c) to[c] = column[c * s + phase] < 0 ? 0 : from[column[c * s + phase]];
-          if (s == 1)
-            std::memcpy(to + begin, from, (end - begin) * sizeof(T));
-          else
-            take_every_second(to + begin, from + 2 * begin + phase - layer.padding, end - begin);
-          for (int64_t c = end; c < row; ++c) to[c] = column[c * s + phase] < 0 ? 0 : from[column[c * s + phase]];
+          const int64_t strip_row = y / s_.stride / c.strip_rows * c.strip_rows;
+          if (strip_row != in_border) compute(strip_row, border);
+          in_border = strip_row;
+          fold(border, strip_row, s_.in_channels, y, y + 1, grad_x);
         }
       }
-    }
-  });
-  std::memset(source + layer.source_size() - kPlaneSlack, 0, kPlaneSlack * sizeof(T));
-}
-
-// The adjoint of pad_input: every padded position's gradient is added where it came from.
-template <class T>
-void fold_gradient(const Layer& layer, const T* padded, T* grad_x) {
-  const int64_t s = layer.stride, rows = layer.rows(), row = layer.row();
-  torch::stable::parallel_for(0, layer.in_channels, 1, [&](int64_t first, int64_t last) {
-    for (int64_t channel = first; channel < last; ++channel) {
-      T* image = grad_x + channel * layer.height * layer.width;
-      std::memset(image, 0, layer.height * layer.width * sizeof(T));
-      for (int64_t i = 0; i < rows * s; ++i) {
-        const int64_t y = layer.origin(i, layer.height);
-        if (y < 0) continue;
-        T* to = image + y * layer.width;
-        for (int64_t phase = 0; phase < s; ++phase) {
-          const T* from = padded + (((channel * s + i % s) * s + phase) * rows + i / s) * row;
-          const int64_t begin = (layer.padding - phase + s - 1) / s;
-          const int64_t inside = (layer.width + layer.padding - phase + s - 1) / s;
-          const int64_t end = inside < row ? inside : row;
-          if (s == 1)
-            for (int64_t c = begin; c < end; ++c) to[c - layer.padding] += from[c];
-          else
-            add_to_every_second(to + 2 * begin + phase - layer.padding, from + begin, end - begin);
-          const auto add_border = [&](int64_t c) {
-            const int64_t x = layer.origin(c * s + phase, layer.width);
-            if (x >= 0) to[x] += from[c];
-          };
-          for (int64_t c = 0; c < begin && c < row; ++c) add_border(c);
-          for (int64_t c = end > begin ? end : begin; c < row; ++c) add_border(c);
-        }
-      }
-    }
-  });
-}
-
-// The output's gradient in rows of `row` elements, zeros elsewhere: plane p begins at p * stride + lead.
-template <class T>
-void spread_gradient(const Layer& layer, const T* grad_out, T* to, int64_t stride, int64_t row, int64_t top, int64_t left) {
-  const int64_t height = layer.out_h(), width = layer.out_w();
-  torch::stable::parallel_for(0, layer.out_channels, 1, [&](int64_t first, int64_t last) {
-    for (int64_t channel = first; channel < last; ++channel) {
-      T* plane = to + channel * stride;
-      std::memset(plane, 0, stride * sizeof(T));
-      for (int64_t y = 0; y < height; ++y)
-        std::memcpy(plane + (y + top) * row + left, grad_out + (channel * height + y) * width, width * sizeof(T));
-    }
-  });
-}
-
-Layer layer_of(const Tensor& x, int64_t out_channels, int64_t kernel_h, int64_t kernel_w, int64_t stride,
-               int64_t padding, int64_t mode) {
-  return {x.size(1), x.size(2), x.size(3), out_channels, kernel_h, kernel_w, stride, padding, mode};
-}
-
-// The four rows of the (4, kept) taps: output channel, input channel, row and column of the kernel.
-struct Taps {
-  const int32_t *out, *in, *ky, *kx;
-  int64_t count;
-
-  explicit Taps(const Tensor& taps) : count(taps.size(1)) {
-    out = taps.const_data_ptr<int32_t>();
-    in = out + count;
-    ky = in + count;
-    kx = ky + count;
+    });
   }
+
+ private:
+  // All channels' shifted copies of an image that is one strip.
+  const T* shifted_input(const T* x) const {
+    T* source = scratch<T>(kShared, over_x_.blocks * over_x_.block * over_x_.channel_stride);
+    torch::stable::parallel_for(0, s_.in_channels, 1, [&](int64_t first, int64_t last) {
+      SPARSE_GEN_DISPATCH(shift_input, s_, x + first * s_.height * s_.width, last - first, 0, over_x_.strip_rows,
+                          over_x_.pitch, source + first * over_x_.channel_stride);
+    });
+    return source;
+  }
+
+  void shift_block(const T* x, int64_t block, int64_t strip, T* to) const {
+    const int64_t channel = block * over_x_.block, row = strip * over_x_.strip_rows;
+    SPARSE_GEN_DISPATCH(shift_input, s_, x + channel * s_.height * s_.width,
+                        std::min<int64_t>(s_.in_channels - channel, over_x_.block), row, row + over_x_.strip_rows, over_x_.pitch, to);
+  }
+
+  ConvShape s_;
+  int64_t kept_;
+  const int32_t *out_, *in_, *ky_, *kx_;
+  Cut over_x_, over_grad_;
 };
 
-std::vector<long long> source_offsets(const Layer& layer, const Taps& taps) {
-  std::vector<long long> offset(taps.count);
-  for (int64_t k = 0; k < taps.count; ++k) offset[k] = layer.source_offset(taps.in[k], taps.ky[k], taps.kx[k]);
-  return offset;
+ConvShape shape_of(const Tensor& x, int64_t out_channels, int64_t kernel_h, int64_t kernel_w, int64_t stride,
+                   int64_t padding, int64_t mode) {
+  return {x.size(1), x.size(2), x.size(3), out_channels, kernel_h, kernel_w, stride, padding, mode};
 }
 
 }  // namespace
@@ -171,20 +285,18 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const std::optional<
                      const Tensor& by_output, const Tensor& /*by_input*/, const Tensor& /*input_order*/,
                      int64_t out_channels, int64_t kernel_h, int64_t kernel_w, int64_t stride, int64_t padding,
                      int64_t mode) {
-  const Layer layer = layer_of(x, out_channels, kernel_h, kernel_w, stride, padding, mode);
-  const int64_t height = layer.out_h(), width = layer.out_w(), kept = values.size(1);
-  Tensor out = torch::stable::empty({x.size(0), out_channels, height, width}, x.scalar_type());
-  const std::vector<long long> offset = source_offsets(layer, Taps(taps));
-  const long long* start = reinterpret_cast<const long long*>(by_output.const_data_ptr<int64_t>());
+  const ConvShape shape = shape_of(x, out_channels, kernel_h, kernel_w, stride, padding, mode);
+  Tensor out = torch::stable::empty({x.size(0), out_channels, shape.out_h(), shape.out_w()}, x.scalar_type());
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
-    T* source = scratch<T>(0, layer.source_size());
+    const Convolution<T> convolution(shape, taps);
+    SparseTable<T> table(kTable, kValues, out_channels, convolution.over_x().blocks, by_output.const_data_ptr<int64_t>(),
+                         nullptr);
     for (int64_t e = 0; e < x.size(0); ++e) {
-      pad_input(layer, x.const_data_ptr<T>() + e * layer.in_channels * layer.height * layer.width, source);
-      const SparsePlanes<T> planes{start, offset.data(), values.const_data_ptr<T>() + e * kept};
-      const PlaneRows<T> rows{out.mutable_data_ptr<T>() + e * out_channels * height * width, height * width, layer.row(),
-                              width, bias ? bias->const_data_ptr<T>() + e * out_channels : nullptr};
-      correlate(planes, source, rows, out_channels, (height - 1) * layer.row() + width);
+      convolution.fill_to_outputs(table, values.const_data_ptr<T>() + e * values.size(1));
+      convolution.forward(table, x.const_data_ptr<T>() + e * shape.in_channels * shape.height * shape.width,
+                          bias ? bias->const_data_ptr<T>() + e * out_channels : nullptr,
+                          out.mutable_data_ptr<T>() + e * out_channels * shape.out_h() * shape.out_w());
     }
   });
   return out;
@@ -196,60 +308,32 @@ std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad_out, const 
                                                   const Tensor& input_order, int64_t out_channels, int64_t kernel_h,
                                                   int64_t kernel_w, int64_t stride, int64_t padding, int64_t mode,
                                                   bool needs_grad_x, bool needs_grad_values) {
-  const Layer layer = layer_of(x, out_channels, kernel_h, kernel_w, stride, padding, mode);
-  const int64_t kept = values.size(1), plane = layer.out_h() * layer.out_w();
-  const int64_t image = layer.in_channels * layer.height * layer.width;
+  const ConvShape shape = shape_of(x, out_channels, kernel_h, kernel_w, stride, padding, mode);
+  const int64_t kept = values.size(1), plane = out_channels * shape.out_h() * shape.out_w();
+  const int64_t image = shape.in_channels * shape.height * shape.width;
   Tensor grad_x = needs_grad_x ? torch::stable::empty_like(x) : torch::stable::empty({0}, x.scalar_type());
   Tensor grad_values = needs_grad_values ? torch::stable::empty_like(values) : torch::stable::empty({0}, x.scalar_type());
-  const Taps tap(taps);
-  const int64_t* order = input_order.const_data_ptr<int64_t>();
-
-  if (needs_grad_x) {
-    std::vector<long long> offset(kept);
-    for (int64_t k = 0; k < kept; ++k) {
-      offset[k] = layer.grad_offset(tap.out[order[k]], tap.ky[order[k]], tap.kx[order[k]]);
+  for_float_type(x, [&](auto type) {
+    using T = decltype(type);
+    const Convolution<T> convolution(shape, taps);
+    for (int64_t e = 0; e < x.size(0); ++e) {
+      const T* own_values = values.const_data_ptr<T>() + e * kept;
+      const T* gradient = grad_out.const_data_ptr<T>() + e * plane;
+      if (needs_grad_x) {
+        SparseTable<T> table(kTable, kValues, shape.in_channels * shape.phases(), convolution.over_grad().blocks,
+                             by_input.const_data_ptr<int64_t>(), input_order.const_data_ptr<int64_t>());
+        convolution.fill_to_inputs(table, own_values);
+        convolution.backward_x(table, gradient, grad_x.mutable_data_ptr<T>() + e * image);
+      }
+      if (needs_grad_values) {
+        SparseTable<T> table(kTable, kValues, out_channels, convolution.over_x().blocks,
+                             by_output.const_data_ptr<int64_t>(), nullptr);
+        convolution.fill_to_outputs(table, own_values);
+        convolution.backward_values(table, x.const_data_ptr<T>() + e * image, gradient,
+                                    grad_values.mutable_data_ptr<T>() + e * kept);
+      }
     }
-    for_float_type(x, [&](auto type) {
-      using T = decltype(type);
-      const int64_t planes_count = layer.in_channels * layer.phases();
-      T* source = scratch<T>(0, layer.grad_size());
-      T* padded = scratch<T>(1, planes_count * layer.rows() * layer.row());
-      T* ordered = scratch<T>(2, kept);
-      for (int64_t e = 0; e < x.size(0); ++e) {
-        spread_gradient(layer, grad_out.const_data_ptr<T>() + e * out_channels * plane, source,
-                        layer.grad_rows() * layer.grad_row(), layer.grad_row(), layer.grad_top(), layer.grad_left());
-        std::memset(source + layer.grad_size() - kPlaneSlack, 0, kPlaneSlack * sizeof(T));
-        for (int64_t k = 0; k < kept; ++k) ordered[k] = values.const_data_ptr<T>()[e * kept + order[k]];
-        const SparsePlanes<T> planes{reinterpret_cast<const long long*>(by_input.const_data_ptr<int64_t>()),
-                                     offset.data(), ordered};
-        const PlaneRows<T> rows{padded, layer.rows() * layer.row(), layer.grad_row(), layer.row(), nullptr};
-        correlate(planes, source, rows, planes_count, (layer.rows() - 1) * layer.grad_row() + layer.row());
-        fold_gradient(layer, padded, grad_x.mutable_data_ptr<T>() + e * image);
-      }
-    });
-  }
-
-  if (needs_grad_values) {
-    const std::vector<long long> offset = source_offsets(layer, tap);
-    const long long* start = reinterpret_cast<const long long*>(by_output.const_data_ptr<int64_t>());
-    const int64_t length = (layer.out_h() - 1) * layer.row() + layer.out_w();
-    const int64_t grad_stride = layer.out_h() * layer.row() + kPlaneSlack;
-    for_float_type(x, [&](auto type) {
-      using T = decltype(type);
-      T* source = scratch<T>(0, layer.source_size());
-      T* grad = scratch<T>(1, out_channels * grad_stride);
-      for (int64_t e = 0; e < x.size(0); ++e) {
-        pad_input(layer, x.const_data_ptr<T>() + e * image, source);
-        spread_gradient(layer, grad_out.const_data_ptr<T>() + e * out_channels * plane, grad, grad_stride, layer.row(), 0, 0);
-        const SparsePlanes<T> planes{start, offset.data(), nullptr};
-        T* result = grad_values.mutable_data_ptr<T>() + e * kept;
-        torch::stable::parallel_for(0, out_channels, 1, [&](int64_t first, int64_t last) {
-          void* sums = scratch<char>(3, (start[last] - start[first]) * 64);
-          SPARSE_GEN_DISPATCH(sparse_dot, planes, source, grad, grad_stride, length, first, last, result, sums);
-        });
-      }
-    });
-  }
+  });
   return {grad_x, grad_values};
 }
 

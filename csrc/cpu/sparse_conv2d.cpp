@@ -1,137 +1,166 @@
 #include "sparse_conv2d.h"
 
+#include "padding.h"
 #include "vector.h"
 
 namespace sparse_gen::SPARSE_GEN_ISA {
 
 namespace {
 
-// Output vectors held in registers at once: of 32 registers (AVX-512) or 16, a few are left for the weight and for
-// loads on their way.
-constexpr int kTile = SPARSE_GEN_VECTOR_BYTES == 64 ? 24 : 12;
+inline long long smaller(long long a, long long b) { return a < b ? a : b; }
+inline long long larger(long long a, long long b) { return a > b ? a : b; }
 
-template <class T, int Vectors>
-void correlate_tile(const long long* offset, const T* value, long long count, const T* source, T bias, T* out) {
-  using V = typename Vector<T>::type;
-  V sum[Vectors];
-#pragma GCC unroll 24
-  for (int v = 0; v < Vectors; ++v) sum[v] = V{} + bias;
-  for (long long k = 0; k < count; ++k) {
-    const T* from = source + offset[k];
-    const V weight = V{} + value[k];
-#pragma GCC unroll 24
-    for (int v = 0; v < Vectors; ++v) sum[v] += weight * load_from(from + v * kWidth<T>);
-  }
-#pragma GCC unroll 24
-  for (int v = 0; v < Vectors; ++v) store_to(out + v * kWidth<T>, sum[v]);
-}
-
-// Moves positions begin .. begin + count - 1 of a plane, which lie in `tile`, to their rows.
+// With the step as a constant and no overlap the compiler makes vectors of these.
 template <class T>
-void store_rows(const T* tile, long long begin, long long count, const PlaneRows<T>& rows, long long plane) {
-  long long y = begin / rows.row, x = begin % rows.row;
-  T* to = rows.data + plane * rows.stride;
-  for (long long i = 0; i < count; ++y, x = 0) {
-    const long long in_row = rows.row - x < count - i ? rows.row - x : count - i;
-    const long long real = rows.columns - x < in_row ? rows.columns - x : in_row;
-    if (real > 0) __builtin_memcpy(to + y * rows.columns + x, tile + i, real * sizeof(T));
-    i += in_row;
+void take(T* __restrict to, const T* __restrict from, long long count, long long step) {
+  if (step == 1) {
+    for (long long i = 0; i < count; ++i) to[i] = from[i];
+  } else {
+    for (long long i = 0; i < count; ++i) to[i] = from[2 * i];
   }
 }
 
-inline int tile_vectors(long long left) {
-  return left >= kTile ? kTile : left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+template <class T>
+void add(T* __restrict to, const T* __restrict from, long long count, long long step) {
+  if (step == 1) {
+    for (long long i = 0; i < count; ++i) to[i] += from[i];
+  } else {
+    for (long long i = 0; i < count; ++i) to[2 * i] += from[i];
+  }
 }
 
 template <class T>
-void correlate(const SparsePlanes<T>& planes, const T* source, const PlaneRows<T>& out, long long first, long long last,
-               long long begin, long long end) {
-  T tile[kTile * kWidth<T>];
-  // Planes inside, positions outside: a tile's inputs from all channels then stay in the second-level cache.
-  for (long long i = begin; i < end;) {
-    const int vectors = tile_vectors((end - i + kWidth<T> - 1) / kWidth<T>);
-    const long long count = vectors * kWidth<T>;
-    for (long long p = first; p < last; ++p) {
-      const long long k = planes.start[p], kept = planes.start[p + 1] - k;
-      const T bias = out.bias ? out.bias[p] : 0;
-      const long long* offset = planes.offset + k;
-      const T* value = planes.value + k;
-      switch (vectors) {
-        case kTile: correlate_tile<T, kTile>(offset, value, kept, source + i, bias, tile); break;
-        case 8: correlate_tile<T, 8>(offset, value, kept, source + i, bias, tile); break;
-        case 4: correlate_tile<T, 4>(offset, value, kept, source + i, bias, tile); break;
-        case 2: correlate_tile<T, 2>(offset, value, kept, source + i, bias, tile); break;
-        default: correlate_tile<T, 1>(offset, value, kept, source + i, bias, tile);
-      }
-      store_rows(tile, i, count < end - i ? count : end - i, out, p);
+void clear(T* to, long long count) {
+  for (long long i = 0; i < count; ++i) to[i] = 0;
+}
+
+// Where position i of a padded axis comes from; -1 for a zero.
+inline long long origin(const ConvShape& s, long long i, long long length) {
+  return padded_origin(i - s.padding, length, s.padding, s.mode);
+}
+
+// Columns begin .. end - 1 of every stride-th padded column from `offset` on lie inside the image.
+struct Inside {
+  long long begin, end;
+
+  Inside(const ConvShape& s, long long offset, long long count) {
+    begin = smaller(count, larger(0, (s.padding - offset + s.stride - 1) / s.stride));
+    end = larger(begin, smaller(count, (s.width + s.padding - offset + s.stride - 1) / s.stride));
+  }
+};
+
+template <class T>
+void input(const ConvShape& s, const T* x, long long channels, long long first, long long last, long long pitch, T* to) {
+  const long long rows = last - first + s.shifts_h() - 1, width = s.out_w();
+  for (long long c = 0; c < channels; ++c, x += s.height * s.width)
+    for (long long kx = 0; kx < s.kernel_w; ++kx) {
+      const Inside inside(s, kx, width);
+      for (long long phase = 0; phase < s.stride; ++phase)
+        for (long long row = 0; row < rows; ++row, to += pitch) {
+          const long long y = origin(s, s.stride * (first + row) + phase, s.height);
+          if (y < 0) {
+            clear(to, pitch);
+            continue;
+          }
+          const T* from = x + y * s.width;
+          const auto border = [&](long long i) {
+            const long long at = origin(s, s.stride * i + kx, s.width);
+            to[i] = at < 0 ? 0 : from[at];
+          };
+          for (long long i = 0; i < inside.begin; ++i) border(i);
+          take(to + inside.begin, from + s.stride * inside.begin + kx - s.padding, inside.end - inside.begin, s.stride);
+          for (long long i = inside.end; i < width; ++i) border(i);
+          clear(to + width, pitch - width);
+        }
     }
-    i += count;
-  }
-}
-
-template <class T, int Vectors>
-void dot_tile(const long long* offset, long long count, const T* source, const T* grad, typename Vector<T>::type* sum) {
-  using V = typename Vector<T>::type;
-  V held[Vectors];
-#pragma GCC unroll 24
-  for (int v = 0; v < Vectors; ++v) held[v] = load_from(grad + v * kWidth<T>);
-  for (long long k = 0; k < count; ++k) {
-    const T* from = source + offset[k];
-    // Four sums: one would wait for itself at every step.
-    V part[4] = {sum[k], V{}, V{}, V{}};
-#pragma GCC unroll 24
-    for (int v = 0; v < Vectors; ++v) part[v % 4] += held[v] * load_from(from + v * kWidth<T>);
-    sum[k] = (part[0] + part[1]) + (part[2] + part[3]);
-  }
 }
 
 template <class T>
-void dot(const SparsePlanes<T>& planes, const T* source, const T* grad, long long grad_stride, long long length,
-         long long first, long long last, T* result, void* scratch) {
-  using V = typename Vector<T>::type;
-  const long long base = planes.start[first], total = planes.start[last] - base;
-  V* sums = (V*)scratch;
-  for (long long k = 0; k < total; ++k) sums[k] = V{};
-  for (long long i = 0; i < length;) {
-    const int vectors = tile_vectors((length - i + kWidth<T> - 1) / kWidth<T>);
-    for (long long p = first; p < last; ++p) {
-      const long long k = planes.start[p], count = planes.start[p + 1] - k;
-      const T* from = grad + p * grad_stride + i;
-      V* sum = sums + (k - base);
-      switch (vectors) {
-        case kTile: dot_tile<T, kTile>(planes.offset + k, count, source + i, from, sum); break;
-        case 8: dot_tile<T, 8>(planes.offset + k, count, source + i, from, sum); break;
-        case 4: dot_tile<T, 4>(planes.offset + k, count, source + i, from, sum); break;
-        case 2: dot_tile<T, 2>(planes.offset + k, count, source + i, from, sum); break;
-        default: dot_tile<T, 1>(planes.offset + k, count, source + i, from, sum);
+void gradient(const ConvShape& s, const T* grad_out, long long channels, long long first, long long last,
+              long long pitch, T* to) {
+  const long long above = s.shifts_h() - 1, height = s.out_h(), width = s.out_w();
+  for (long long c = 0; c < channels; ++c, grad_out += height * width)
+    for (long long shift = 0; shift < s.shifts_w(); ++shift)
+      for (long long y = first - above; y < last; ++y, to += pitch) {
+        if (y < 0 || y >= height) {
+          clear(to, pitch);
+          continue;
+        }
+        clear(to, shift);
+        take(to + shift, grad_out + y * width, width, 1);
+        clear(to + shift + width, pitch - shift - width);
+      }
+}
+
+template <class T>
+void fold(const ConvShape& s, const T* padded, long long plane_stride, long long pitch, long long first,
+          long long channels, long long begin, long long end, T* grad_x) {
+  for (long long c = 0; c < channels; ++c, grad_x += s.height * s.width)
+    for (long long y = begin; y < end; ++y) {
+      const long long at = origin(s, y, s.height);
+      if (at < 0) continue;
+      T* row = grad_x + at * s.width;
+      for (long long phase = 0; phase < s.stride; ++phase) {
+        const T* from = padded + ((c * s.stride + y % s.stride) * s.stride + phase) * plane_stride +
+                        (y / s.stride - first) * pitch;
+        const Inside inside(s, phase, s.columns());
+        add(row + s.stride * inside.begin + phase - s.padding, from + inside.begin, inside.end - inside.begin, s.stride);
+        const auto border = [&](long long i) {
+          const long long x = origin(s, s.stride * i + phase, s.width);
+          if (x >= 0) row[x] += from[i];
+        };
+        for (long long i = 0; i < inside.begin; ++i) border(i);
+        for (long long i = inside.end; i < s.columns(); ++i) border(i);
       }
     }
-    i += vectors * kWidth<T>;
-  }
-  for (long long k = 0; k < total; ++k) {
-    T sum = 0;
-    for (int lane = 0; lane < kWidth<T>; ++lane) sum += sums[k][lane];
-    result[base + k] = sum;
-  }
+}
+
+template <class T>
+void copy(const T* from, long long from_stride, long long from_pitch, T* to, long long to_stride, long long to_pitch,
+          long long channels, long long rows, long long width, const T* bias) {
+  for (long long c = 0; c < channels; ++c)
+    for (long long y = 0; y < rows; ++y) {
+      const T* __restrict source = from + c * from_stride + y * from_pitch;
+      T* __restrict target = to + c * to_stride + y * to_pitch;
+      const T b = bias ? bias[c] : T(0);
+      for (long long x = 0; x < width; ++x) target[x] = source[x] + b;
+      clear(target + width, to_pitch - width);
+    }
 }
 
 }  // namespace
 
-void sparse_correlate(const SparsePlanes<float>& planes, const float* source, const PlaneRows<float>& out,
-                      long long first, long long last, long long begin, long long end) {
-  correlate(planes, source, out, first, last, begin, end);
+void shift_input(const ConvShape& s, const float* x, long long channels, long long first, long long last,
+                 long long pitch, float* to) {
+  input(s, x, channels, first, last, pitch, to);
 }
-void sparse_correlate(const SparsePlanes<double>& planes, const double* source, const PlaneRows<double>& out,
-                      long long first, long long last, long long begin, long long end) {
-  correlate(planes, source, out, first, last, begin, end);
+void shift_input(const ConvShape& s, const double* x, long long channels, long long first, long long last,
+                 long long pitch, double* to) {
+  input(s, x, channels, first, last, pitch, to);
 }
-void sparse_dot(const SparsePlanes<float>& planes, const float* source, const float* grad, long long grad_stride,
-                long long length, long long first, long long last, float* result, void* scratch) {
-  dot(planes, source, grad, grad_stride, length, first, last, result, scratch);
+void shift_gradient(const ConvShape& s, const float* grad_out, long long channels, long long first, long long last,
+                    long long pitch, float* to) {
+  gradient(s, grad_out, channels, first, last, pitch, to);
 }
-void sparse_dot(const SparsePlanes<double>& planes, const double* source, const double* grad, long long grad_stride,
-                long long length, long long first, long long last, double* result, void* scratch) {
-  dot(planes, source, grad, grad_stride, length, first, last, result, scratch);
+void shift_gradient(const ConvShape& s, const double* grad_out, long long channels, long long first, long long last,
+                    long long pitch, double* to) {
+  gradient(s, grad_out, channels, first, last, pitch, to);
+}
+void fold_rows(const ConvShape& s, const float* padded, long long plane_stride, long long pitch, long long first,
+               long long channels, long long begin, long long end, float* grad_x) {
+  fold(s, padded, plane_stride, pitch, first, channels, begin, end, grad_x);
+}
+void fold_rows(const ConvShape& s, const double* padded, long long plane_stride, long long pitch, long long first,
+               long long channels, long long begin, long long end, double* grad_x) {
+  fold(s, padded, plane_stride, pitch, first, channels, begin, end, grad_x);
+}
+void copy_rows(const float* from, long long from_stride, long long from_pitch, float* to, long long to_stride,
+               long long to_pitch, long long channels, long long rows, long long width, const float* bias) {
+  copy(from, from_stride, from_pitch, to, to_stride, to_pitch, channels, rows, width, bias);
+}
+void copy_rows(const double* from, long long from_stride, long long from_pitch, double* to, long long to_stride,
+               long long to_pitch, long long channels, long long rows, long long width, const double* bias) {
+  copy(from, from_stride, from_pitch, to, to_stride, to_pitch, channels, rows, width, bias);
 }
 
 }  // namespace sparse_gen::SPARSE_GEN_ISA

@@ -4,47 +4,54 @@
 
 namespace sparse_gen {
 
-// Kept weights grouped by the plane they belong to: those of plane p are start[p] .. start[p + 1] - 1.
-//
-// A plane is an image of one channel whose rows follow one another without a gap, padding included, so that a
-// weight's input is the whole source shifted by one number, offset[k]: no kernel knows rows, strides or borders.
-template <class T>
-struct SparsePlanes {
-  const long long* start;   // planes + 1
-  const long long* offset;  // from the source's beginning, in elements
-  const T* value;           // not read by sparse_dot
-};
+// The shape of one convolution, in padded coordinates: padded row y is image row y - padding. With stride 2 padded rows
+// and columns are told apart by their parity, the phase, so that every weight again sees a contiguous shift.
+struct ConvShape {
+  long long in_channels, height, width, out_channels, kernel_h, kernel_w, stride, padding, mode;
 
-// Where results go: of every row of `row` elements the first `columns` are real and are stored without gaps; plane p
-// begins at data + p * stride, filled with bias[p] first where there is a bias.
-template <class T>
-struct PlaneRows {
-  T* data;
-  long long stride, row, columns;
-  const T* bias;
+  long long out_h() const { return (height + 2 * padding - kernel_h) / stride + 1; }
+  long long out_w() const { return (width + 2 * padding - kernel_w) / stride + 1; }
+  long long phases() const { return stride * stride; }
+  // Padded rows and columns of one phase.
+  long long rows() const { return (height + 2 * padding + stride - 1) / stride; }
+  long long columns() const { return (width + 2 * padding + stride - 1) / stride; }
+  // Shifts of one phase.
+  long long shifts_h() const { return (kernel_h - 1) / stride + 1; }
+  long long shifts_w() const { return (kernel_w - 1) / stride + 1; }
 };
-
-// The last vector of a plane may reach this many elements behind it.
-constexpr long long kPlaneSlack = 16;
-// Ranges of positions that are worked off in parallel begin at multiples of this.
-constexpr long long kPlaneStep = 384;
 
 // clang-format off
 SPARSE_GEN_DECLARE(
-  // out[p][i] = sum over plane p's weights of value[k] * source[offset[k] + i], for first <= p < last and
-  // begin <= i < end.
-  void sparse_correlate(const SparsePlanes<float>&, const float* source, const PlaneRows<float>& out,
-                        long long first, long long last, long long begin, long long end);
-  void sparse_correlate(const SparsePlanes<double>&, const double* source, const PlaneRows<double>& out,
-                        long long first, long long last, long long begin, long long end);
+  // For `channels` channels of x and every kernel column, what output rows first .. last - 1 see through it: element
+  // ((channel * kernel_w + kx) * stride + phase) * (last - first + shifts_h - 1) * pitch + row * pitch + column is
+  // padded row stride * (first + row) + phase, padded column stride * column + kx.
+  void shift_input(const ConvShape&, const float* x, long long channels, long long first, long long last,
+                   long long pitch, float* to);
+  void shift_input(const ConvShape&, const double* x, long long channels, long long first, long long last,
+                   long long pitch, double* to);
 
-  // result[k] = sum over 0 <= i < length of grad[p][i] * source[offset[k] + i], for the weights k of the planes
-  // first <= p < last. grad[p] begins at grad + p * grad_stride and is zero for kPlaneSlack elements from length on.
-  // scratch holds one vector (64 bytes, aligned) a weight.
-  void sparse_dot(const SparsePlanes<float>&, const float* source, const float* grad, long long grad_stride,
-                  long long length, long long first, long long last, float* result, void* scratch);
-  void sparse_dot(const SparsePlanes<double>&, const double* source, const double* grad, long long grad_stride,
-                  long long length, long long first, long long last, double* result, void* scratch);
+  // The output's gradient as phase rows first .. last - 1 of the padded input see it, zeros around it: element
+  // (channel * shifts_w + shift) * (last - first + shifts_h - 1) * pitch + row * pitch + column is output row
+  // first + row - (shifts_h - 1), output column column - shift.
+  void shift_gradient(const ConvShape&, const float* grad_out, long long channels, long long first, long long last,
+                      long long pitch, float* to);
+  void shift_gradient(const ConvShape&, const double* grad_out, long long channels, long long first, long long last,
+                      long long pitch, double* to);
+
+  // Adds padded rows begin .. end - 1 of `channels` channels to the rows of x's gradient that they came from. The plane
+  // of (channel, row phase, column phase) begins at padded + ((channel * stride + row phase) * stride + column phase) *
+  // plane_stride with phase row `first`.
+  void fold_rows(const ConvShape&, const float* padded, long long plane_stride, long long pitch, long long first,
+                 long long channels, long long begin, long long end, float* grad_x);
+  void fold_rows(const ConvShape&, const double* padded, long long plane_stride, long long pitch, long long first,
+                 long long channels, long long begin, long long end, double* grad_x);
+
+  // to[channel * to_stride + y * to_pitch + x] = from[channel * from_stride + y * from_pitch + x] + bias[channel], which
+  // may be null; zeros from column `width` to to_pitch.
+  void copy_rows(const float* from, long long from_stride, long long from_pitch, float* to, long long to_stride,
+                 long long to_pitch, long long channels, long long rows, long long width, const float* bias);
+  void copy_rows(const double* from, long long from_stride, long long from_pitch, double* to, long long to_stride,
+                 long long to_pitch, long long channels, long long rows, long long width, const double* bias);
 )
 // clang-format on
 
