@@ -10,16 +10,24 @@ namespace {
 inline long long smaller(long long a, long long b) { return a < b ? a : b; }
 inline long long larger(long long a, long long b) { return a > b ? a : b; }
 
-// With the step as a constant and no overlap the compiler makes vectors of these.
+// Rows are short: a call of memcpy or memset costs as much as what it moves.
+template <class T>
+void clear(T* to, long long count) {
+  for (long long i = 0; i < count; i += kWidth<T>) store_part(to + i, typename Vector<T>::type{}, count - i);
+}
+
 template <class T>
 void take(T* __restrict to, const T* __restrict from, long long count, long long step) {
+  long long i = 0;
   if (step == 1) {
-    for (long long i = 0; i < count; ++i) to[i] = from[i];
+    for (; i + kWidth<T> <= count; i += kWidth<T>) store_to(to + i, load_from(from + i));
+    if (i < count) store_part(to + i, load_part(from + i, count - i), count - i);
   } else {
-    for (long long i = 0; i < count; ++i) to[i] = from[2 * i];
+    for (; i < count; ++i) to[i] = from[2 * i];
   }
 }
 
+// With the step as a constant and no overlap the compiler makes vectors of these.
 template <class T>
 void add(T* __restrict to, const T* __restrict from, long long count, long long step) {
   if (step == 1) {
@@ -27,11 +35,6 @@ void add(T* __restrict to, const T* __restrict from, long long count, long long 
   } else {
     for (long long i = 0; i < count; ++i) to[2 * i] += from[i];
   }
-}
-
-template <class T>
-void clear(T* to, long long count) {
-  for (long long i = 0; i < count; ++i) to[i] = 0;
 }
 
 // Where position i of a padded axis comes from; -1 for a zero.
