@@ -1,0 +1,173 @@
+// The padded input of a convolution and the gradient of its output, as planes in which every weight sees a contiguous
+// shift: rows follow one another without a gap, and with stride 2 the even and odd rows and columns are planes apart.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "binding.h"
+#include "cpu/padding.h"
+
+namespace sparse_gen {
+
+struct PaddedPlanes {
+  int64_t channels, height, width, stride, padding, mode;
+  int64_t rows, padded_w;  // of one plane
+  int64_t row;             // elements from one row to the next: padded_w and `spare` zeros
+
+  PaddedPlanes(const Tensor& x, int64_t stride, int64_t padding, int64_t mode, int64_t spare)
+      : channels(x.size(1)), height(x.size(2)), width(x.size(3)), stride(stride), padding(padding), mode(mode) {
+    rows = (height + 2 * padding + stride - 1) / stride;
+    padded_w = (width + 2 * padding + stride - 1) / stride;
+    row = padded_w + spare;
+  }
+
+  int64_t phases() const { return stride * stride; }
+  int64_t phase(int64_t ky, int64_t kx) const { return (ky & (stride - 1)) * stride + (kx & (stride - 1)); }
+  int64_t image_size() const { return channels * height * width; }
+  int64_t size() const { return channels * phases() * rows * row; }
+  int64_t out_size(int64_t length, int64_t kernel) const { return (length + 2 * padding - kernel) / stride + 1; }
+  int64_t offset(int64_t channel, int64_t ky, int64_t kx) const {
+    return ((channel * phases() + phase(ky, kx)) * rows + ky / stride) * row + kx / stride;
+  }
+
+  // Where padded position i of an axis comes from; -1 for a zero.
+  int64_t origin(int64_t i, int64_t length) const { return padded_origin(i - padding, length, padding, mode); }
+
+  // The columns of a plane of this phase that lie inside the image and need no look-up: begin <= c < end.
+  int64_t inside_begin(int64_t phase) const { return (padding - phase + stride - 1) / stride; }
+  int64_t inside_end(int64_t phase) const {
+    const int64_t end = (width + padding - phase + stride - 1) / stride;
+    return end < padded_w ? end : padded_w;
+  }
+
+  std::vector<int64_t> column_origins() const {
+    std::vector<int64_t> column(row * stride);
+    for (int64_t i = 0; i < row * stride; ++i) column[i] = origin(i, width);
+    return column;
+  }
+
+  // x (channels, height, width) to planes (channels, phases, rows, row).
+  template <class T>
+  void fill(const T* x, T* planes) const {
+    const std::vector<int64_t> column = column_origins();
+    torch::stable::parallel_for(0, channels * stride, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const T* image = x + i / stride * height * width;
+        for (int64_t phase = 0; phase < stride; ++phase) {
+          for (int64_t r = 0; r < rows; ++r) {
+            T* to = planes + ((i * stride + phase) * rows + r) * row;
+            const int64_t y = origin(r * stride + i % stride, height);
+            if (y < 0)
+              std::memset(to, 0, row * sizeof(T));
+            else
+              fill_row(image + y * width, column.data(), phase, to);
+          }
+        }
+      }
+    });
+  }
+
+  // The adjoint of `fill`: every padded position's gradient is added where it came from. Planes are plane_stride apart.
+  template <class T>
+  void fold(const T* planes, int64_t plane_stride, T* grad_x) const {
+    const std::vector<int64_t> column = column_origins();
+    torch::stable::parallel_for(0, channels, 1, [&](int64_t first, int64_t last) {
+      for (int64_t channel = first; channel < last; ++channel) {
+        T* image = grad_x + channel * height * width;
+        const auto from = [&](int64_t i, int64_t phase) {
+          return planes + (channel * phases() + i % stride * stride + phase) * plane_stride + i / stride * row;
+        };
+        // Every pixel's own position first, which fills the image; then what repeats it.
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t phase = 0; phase < stride; ++phase)
+            fold_inside<false>(from(y + padding, phase), phase, image + y * width);
+        for (int64_t i = 0; i < rows * stride; ++i) {
+          const int64_t y = origin(i, height);
+          if (y < 0) continue;
+          for (int64_t phase = 0; phase < stride; ++phase) {
+            const T* row_of = from(i, phase);
+            if (i < padding || i >= height + padding) fold_inside<true>(row_of, phase, image + y * width);
+            fold_border(row_of, column.data(), phase, image + y * width);
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  template <class T>
+  void fill_row(const T* from, const int64_t* column, int64_t phase, T* to) const {
+    const int64_t begin = inside_begin(phase), end = inside_end(phase);
+    const T* inside = from + begin * stride + phase - padding;
+    if (stride == 1)
+      std::memcpy(to + begin, inside, (end - begin) * sizeof(T));
+    else
+      for (int64_t c = 0; c < end - begin; ++c) to[begin + c] = inside[2 * c];
+    const auto border = [&](int64_t c) { to[c] = column[c * stride + phase] < 0 ? 0 : from[column[c * stride + phase]]; };
+    for (int64_t c = 0; c < begin; ++c) border(c);
+    for (int64_t c = end; c < row; ++c) border(c);
+  }
+
+  template <bool Add, class T>
+  void fold_inside(const T* __restrict from, int64_t phase, T* __restrict to) const {
+    const int64_t begin = inside_begin(phase), count = inside_end(phase) - begin;
+    from += begin;
+    to += begin * stride + phase - padding;
+    if (stride == 1)
+      for (int64_t c = 0; c < count; ++c) to[c] = Add ? to[c] + from[c] : from[c];
+    else
+      for (int64_t c = 0; c < count; ++c) to[2 * c] = Add ? to[2 * c] + from[c] : from[c];
+  }
+
+  template <class T>
+  void fold_border(const T* from, const int64_t* column, int64_t phase, T* to) const {
+    const auto border = [&](int64_t c) {
+      const int64_t x = column[c * stride + phase];
+      if (x >= 0) to[x] += from[c];
+    };
+    for (int64_t c = 0; c < inside_begin(phase); ++c) border(c);
+    for (int64_t c = inside_end(phase); c < padded_w; ++c) border(c);
+  }
+};
+
+// The output's gradient with zeros around it, in rows of the same length as the padded input's.
+struct GradientPlanes {
+  int64_t channels, height, width, top, left, rows, row, step;
+
+  GradientPlanes(const PaddedPlanes& planes, const Tensor& grad_out, int64_t kernel_h, int64_t kernel_w)
+      : channels(grad_out.size(1)), height(grad_out.size(2)), width(grad_out.size(3)), row(planes.row), step(planes.stride) {
+    top = (kernel_h - 1) / step;
+    left = (kernel_w - 1) / step;
+    rows = planes.rows + top;
+  }
+
+  int64_t stride() const { return rows * row; }
+  int64_t size() const { return channels * stride(); }
+  // Where the gradient itself begins in a plane, and how far it reaches from there.
+  int64_t origin() const { return top * row + left; }
+  int64_t length() const { return (height - 1) * row + width; }
+  // Position i of the padded input's plane of this tap's phase sees the gradient at offset + i.
+  int64_t offset(int64_t channel, int64_t ky, int64_t kx) const {
+    return (channel * rows + top - ky / step) * row + left - kx / step;
+  }
+
+  template <class T>
+  void fill(const T* grad_out, T* planes) const {
+    torch::stable::parallel_for(0, channels, 1, [&](int64_t first, int64_t last) {
+      for (int64_t channel = first; channel < last; ++channel) {
+        T* to = planes + channel * stride();
+        int64_t filled = 0;
+        for (int64_t y = 0; y < height; ++y) {
+          const int64_t begin = origin() + y * row;
+          std::memset(to + filled, 0, (begin - filled) * sizeof(T));
+          std::memcpy(to + begin, grad_out + (channel * height + y) * width, width * sizeof(T));
+          filled = begin + width;
+        }
+        std::memset(to + filled, 0, (stride() - filled) * sizeof(T));
+      }
+    });
+  }
+};
+
+}  // namespace sparse_gen
