@@ -10,25 +10,36 @@
 
 namespace sparse_gen {
 
+// From one plane to the next at least `elements`, an odd number of cache lines of T: planes of 256 × 256 floats would
+// otherwise all begin at the same few places of the cache.
+template <class T>
+int64_t plane_stride(int64_t elements) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return ((elements + line - 1) / line | 1) * line;
+}
+
+template <class T>
 struct PaddedPlanes {
   int64_t channels, height, width, stride, padding, mode;
   int64_t rows, padded_w;  // of one plane
   int64_t row;             // elements from one row to the next: padded_w and `spare` zeros
+  int64_t plane;           // elements from one plane to the next
 
   PaddedPlanes(const Tensor& x, int64_t stride, int64_t padding, int64_t mode, int64_t spare)
       : channels(x.size(1)), height(x.size(2)), width(x.size(3)), stride(stride), padding(padding), mode(mode) {
     rows = (height + 2 * padding + stride - 1) / stride;
     padded_w = (width + 2 * padding + stride - 1) / stride;
     row = padded_w + spare;
+    plane = plane_stride<T>(rows * row);
   }
 
   int64_t phases() const { return stride * stride; }
   int64_t phase(int64_t ky, int64_t kx) const { return (ky & (stride - 1)) * stride + (kx & (stride - 1)); }
   int64_t image_size() const { return channels * height * width; }
-  int64_t size() const { return channels * phases() * rows * row; }
+  int64_t size() const { return channels * phases() * plane; }
   int64_t out_size(int64_t length, int64_t kernel) const { return (length + 2 * padding - kernel) / stride + 1; }
   int64_t offset(int64_t channel, int64_t ky, int64_t kx) const {
-    return ((channel * phases() + phase(ky, kx)) * rows + ky / stride) * row + kx / stride;
+    return (channel * phases() + phase(ky, kx)) * plane + ky / stride * row + kx / stride;
   }
 
   // Where padded position i of an axis comes from; -1 for a zero.
@@ -48,15 +59,15 @@ struct PaddedPlanes {
   }
 
   // x (channels, height, width) to planes (channels, phases, rows, row).
-  template <class T>
   void fill(const T* x, T* planes) const {
     const std::vector<int64_t> column = column_origins();
     torch::stable::parallel_for(0, channels * stride, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const T* image = x + i / stride * height * width;
         for (int64_t phase = 0; phase < stride; ++phase) {
+          std::memset(planes + (i * stride + phase) * plane + rows * row, 0, (plane - rows * row) * sizeof(T));
           for (int64_t r = 0; r < rows; ++r) {
-            T* to = planes + ((i * stride + phase) * rows + r) * row;
+            T* to = planes + (i * stride + phase) * plane + r * row;
             const int64_t y = origin(r * stride + i % stride, height);
             if (y < 0)
               std::memset(to, 0, row * sizeof(T));
@@ -68,15 +79,14 @@ struct PaddedPlanes {
     });
   }
 
-  // The adjoint of `fill`: every padded position's gradient is added where it came from. Planes are plane_stride apart.
-  template <class T>
-  void fold(const T* planes, int64_t plane_stride, T* grad_x) const {
+  // The adjoint of `fill`: every padded position's gradient is added where it came from. Planes are `apart` elements apart.
+  void fold(const T* planes, int64_t apart, T* grad_x) const {
     const std::vector<int64_t> column = column_origins();
     torch::stable::parallel_for(0, channels, 1, [&](int64_t first, int64_t last) {
       for (int64_t channel = first; channel < last; ++channel) {
         T* image = grad_x + channel * height * width;
         const auto from = [&](int64_t i, int64_t phase) {
-          return planes + (channel * phases() + i % stride * stride + phase) * plane_stride + i / stride * row;
+          return planes + (channel * phases() + i % stride * stride + phase) * apart + i / stride * row;
         };
         // Every pixel's own position first, which fills the image; then what repeats it.
         for (int64_t y = 0; y < height; ++y)
@@ -96,7 +106,6 @@ struct PaddedPlanes {
   }
 
  private:
-  template <class T>
   void fill_row(const T* from, const int64_t* column, int64_t phase, T* to) const {
     const int64_t begin = inside_begin(phase), end = inside_end(phase);
     const T* inside = from + begin * stride + phase - padding;
@@ -109,7 +118,7 @@ struct PaddedPlanes {
     for (int64_t c = end; c < row; ++c) border(c);
   }
 
-  template <bool Add, class T>
+  template <bool Add>
   void fold_inside(const T* __restrict from, int64_t phase, T* __restrict to) const {
     const int64_t begin = inside_begin(phase), count = inside_end(phase) - begin;
     from += begin;
@@ -120,7 +129,6 @@ struct PaddedPlanes {
       for (int64_t c = 0; c < count; ++c) to[2 * c] = Add ? to[2 * c] + from[c] : from[c];
   }
 
-  template <class T>
   void fold_border(const T* from, const int64_t* column, int64_t phase, T* to) const {
     const auto border = [&](int64_t c) {
       const int64_t x = column[c * stride + phase];
@@ -132,31 +140,30 @@ struct PaddedPlanes {
 };
 
 // The output's gradient with zeros around it, in rows of the same length as the padded input's.
+template <class T>
 struct GradientPlanes {
-  int64_t channels, height, width, top, left, rows, row, step;
+  int64_t channels, height, width, top, left, row, step, plane;
 
-  GradientPlanes(const PaddedPlanes& planes, const Tensor& grad_out, int64_t kernel_h, int64_t kernel_w)
+  GradientPlanes(const PaddedPlanes<T>& planes, const Tensor& grad_out, int64_t kernel_h, int64_t kernel_w)
       : channels(grad_out.size(1)), height(grad_out.size(2)), width(grad_out.size(3)), row(planes.row), step(planes.stride) {
     top = (kernel_h - 1) / step;
     left = (kernel_w - 1) / step;
-    rows = planes.rows + top;
+    plane = plane_stride<T>((planes.rows + top) * row);
   }
 
-  int64_t stride() const { return rows * row; }
-  int64_t size() const { return channels * stride(); }
+  int64_t size() const { return channels * plane; }
   // Where the gradient itself begins in a plane, and how far it reaches from there.
   int64_t origin() const { return top * row + left; }
   int64_t length() const { return (height - 1) * row + width; }
   // Position i of the padded input's plane of this tap's phase sees the gradient at offset + i.
   int64_t offset(int64_t channel, int64_t ky, int64_t kx) const {
-    return (channel * rows + top - ky / step) * row + left - kx / step;
+    return channel * plane + (top - ky / step) * row + left - kx / step;
   }
 
-  template <class T>
   void fill(const T* grad_out, T* planes) const {
     torch::stable::parallel_for(0, channels, 1, [&](int64_t first, int64_t last) {
       for (int64_t channel = first; channel < last; ++channel) {
-        T* to = planes + channel * stride();
+        T* to = planes + channel * plane;
         int64_t filled = 0;
         for (int64_t y = 0; y < height; ++y) {
           const int64_t begin = origin() + y * row;
@@ -164,7 +171,7 @@ struct GradientPlanes {
           std::memcpy(to + begin, grad_out + (channel * height + y) * width, width * sizeof(T));
           filled = begin + width;
         }
-        std::memset(to + filled, 0, (stride() - filled) * sizeof(T));
+        std::memset(to + filled, 0, (plane - filled) * sizeof(T));
       }
     });
   }
