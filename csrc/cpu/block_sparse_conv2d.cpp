@@ -220,19 +220,16 @@ void dot_columns(const T* grad, int vectors, const T* source, const long long* o
 
 template <class T>
 void dot(const BlockColumns<T>& blocks, const T* source, const T* grad, long long grad_stride, long long length,
-         long long first, long long last, const long long* order, T* result, void* scratch) {
+         long long first, long long last, T* result, void* scratch) {
   using V = typename Vector<T>::type;
-  const long long base = blocks.start[first] * blocks.height;
-  long long total = 0;
-  for (long long b = first; b < last; ++b) total += BlockRow<T>(blocks, b).height * BlockRow<T>(blocks, b).count;
   V* sums = (V*)scratch;
-  for (long long j = 0; j < total; ++j) sums[j] = V{};
   alignas(64) T tile[kRows * kBlockDotTile];
-  for (long long i = 0; i < length; i += kBlockDotTile) {
-    const long long count = length - i < kBlockDotTile ? length - i : kBlockDotTile;
-    const int vectors = (int)((count + kWidth<T> - 1) / kWidth<T>);
-    for (long long b = first; b < last; ++b) {
-      const BlockRow<T> row(blocks, b);
+  for (long long b = first; b < last; ++b) {
+    const BlockRow<T> row(blocks, b);
+    for (long long j = 0; j < row.count * row.height; ++j) sums[j] = V{};
+    for (long long i = 0; i < length; i += kBlockDotTile) {
+      const long long count = length - i < kBlockDotTile ? length - i : kBlockDotTile;
+      const int vectors = (int)((count + kWidth<T> - 1) / kWidth<T>);
       for_each_rows(row.height, [&](auto rows, long long r) {
         // Copied: loads that cross no line, and zeros behind the end.
         for (int copied = 0; copied < rows.value; ++copied) {
@@ -242,7 +239,7 @@ void dot(const BlockColumns<T>& blocks, const T* source, const T* grad, long lon
         }
         constexpr int kColumns = smaller(2 * kRows / rows.value, 4);
         const long long* offset = blocks.offset + row.column;
-        V* sum = sums + row.weight - base + r;
+        V* sum = sums + r;
         long long k = 0;
         for (; k + kColumns <= row.count; k += kColumns)
           dot_columns<T, rows.value, kColumns>(tile, vectors, source + i, offset + k, row.height, sum + k * row.height);
@@ -250,11 +247,11 @@ void dot(const BlockColumns<T>& blocks, const T* source, const T* grad, long lon
           dot_columns<T, rows.value, 1>(tile, vectors, source + i, offset + k, row.height, sum + k * row.height);
       });
     }
-  }
-  for (long long j = 0; j < total; ++j) {
-    T sum = 0;
-    for (int lane = 0; lane < kWidth<T>; ++lane) sum += sums[j][lane];
-    result[order[base + j]] = sum;
+    for (long long j = 0; j < row.count * row.height; ++j) {
+      T sum = 0;
+      for (int lane = 0; lane < kWidth<T>; ++lane) sum += sums[j][lane];
+      result[row.weight + j] += sum;
+    }
   }
 }
 
@@ -275,9 +272,8 @@ void dot(const BlockColumns<T>& blocks, const T* source, const T* grad, long lon
                                     end, scratch);                                                                  \
   }                                                                                                                 \
   void block_dot(const BlockColumns<T>& blocks, const T* source, const T* grad, long long grad_stride,              \
-                 long long length, long long first, long long last, const long long* order, T* result,              \
-                 void* scratch) {                                                                                   \
-    dot(blocks, source, grad, grad_stride, length, first, last, order, result, scratch);                            \
+                 long long length, long long first, long long last, T* result, void* scratch) {                     \
+    dot(blocks, source, grad, grad_stride, length, first, last, result, scratch);                                   \
   }
 SPARSE_GEN_BLOCK_DEFINE(float)
 SPARSE_GEN_BLOCK_DEFINE(double)

@@ -52,10 +52,11 @@ constexpr long long kBlockDotTile = 384;
   void block_gather(const BlockColumns<T>&, const BlockTap* taps, long long count, const long long* channel,          \
                     const T* grad, long long grad_stride, T* out, long long channels, long long stride,               \
                     long long begin, long long end, T* scratch);                                                      \
-  /* result[order[j]] = sum over 0 <= i < length of grad[o * grad_stride + i] * source[offset + i] for every weight j \
-     of the block rows first <= b < last. scratch holds one vector (64 bytes) a weight. */                            \
+  /* result[j] += sum over 0 <= i < length of grad[o * grad_stride + i] * source[offset + i] for every weight j of     \
+     the block rows first <= b < last. scratch holds one vector (64 bytes, aligned) for every weight of the largest   \
+     of them. */                                                                                                      \
   void block_dot(const BlockColumns<T>&, const T* source, const T* grad, long long grad_stride, long long length,     \
-                 long long first, long long last, const long long* order, T* result, void* scratch);
+                 long long first, long long last, T* result, void* scratch);
 SPARSE_GEN_DECLARE(
   SPARSE_GEN_BLOCK_KERNELS(float)
   SPARSE_GEN_BLOCK_KERNELS(double)
