@@ -59,7 +59,7 @@ Tensor block_sparse_conv2d(const Tensor& x, const Tensor& values, const std::opt
     const int64_t height = planes.out_size(x.size(2), kernel_h), width = planes.out_size(x.size(3), kernel_w);
     const int64_t kept = values.size(1), block_rows = start.size(0) - 1, below = (kernel_h - 1) / stride;
     out = torch::stable::empty({x.size(0), out_channels, height, width}, x.scalar_type());
-    const Bands bands(height, planes.channels * planes.phases() * planes.row * sizeof(T), 4 * below);
+    const Bands bands(height, planes.channels * planes.phases() * planes.row * sizeof(T), 1 + 4 * below);
     planes.hold(bands.highest() + below);
     const std::vector<long long> offset = source_offsets(planes, Columns(columns));
     T* packed = scratch<T>(1, kept);
@@ -199,11 +199,12 @@ std::tuple<Tensor, Tensor> block_sparse_conv2d_backward(const Tensor& grad_out, 
     const std::vector<long long> offset = source_offsets(planes, column);
     const auto taps = taps_by_phase(planes, gradient, column, numbers(start), block_rows, block_out);
     const int64_t parts = bands.count < kMostParts ? bands.count : kMostParts;
-    std::vector<T> packed(kept), sums(needs_grad_values ? parts * kept : 0);
+    T* packed = scratch<T>(0, kept + parts * kept);
+    T* sums = packed + kept;
     for (int64_t e = 0; e < x.size(0); ++e) {
-      pack(values.const_data_ptr<T>() + e * kept, from, kept, packed.data());
-      sums.assign(sums.size(), 0);
-      const BlockColumns<T> blocks{numbers(start), offset.data(), packed.data(), block_out, out_channels};
+      pack(values.const_data_ptr<T>() + e * kept, from, kept, packed);
+      if (needs_grad_values) std::memset(sums, 0, parts * kept * sizeof(T));
+      const BlockColumns<T> blocks{numbers(start), offset.data(), packed, block_out, out_channels};
       const Backward<T> backward{planes, gradient, bands, taps, channel.data(), blocks,
                                  x.const_data_ptr<T>() + e * planes.image_size()};
       torch::stable::parallel_for(0, parts, 1, [&](int64_t first_part, int64_t last_part) {
@@ -213,12 +214,12 @@ std::tuple<Tensor, Tensor> block_sparse_conv2d_backward(const Tensor& grad_out, 
             gradient.fill(grad_out.const_data_ptr<T>() + e * grad_image, bands.begin(band), bands.begin(band + 1), grad);
             if (needs_grad_x)
               backward.input_band(band, grad, grad_x.mutable_data_ptr<T>() + e * planes.image_size());
-            if (needs_grad_values) backward.weight_band(band, grad, sums.data() + part * kept);
+            if (needs_grad_values) backward.weight_band(band, grad, sums + part * kept);
           }
         }
       });
       if (needs_grad_values)
-        add_parts(sums.data(), parts, kept, from, grad_values.mutable_data_ptr<T>() + e * kept);
+        add_parts(sums, parts, kept, from, grad_values.mutable_data_ptr<T>() + e * kept);
     }
   });
   return {grad_x, grad_values};

@@ -20,14 +20,17 @@ int64_t plane_stride(int64_t elements) {
 }
 
 // Rows cut into bands of nearly one height, whose planes fit the second-level cache of one core. The cut depends on
-// shapes alone: results must not depend on the number of threads.
+// shapes alone: results must not depend on the number of threads. A band has at_least rows, or all.
 struct Bands {
   int64_t rows, count;
 
   Bands(int64_t rows, int64_t bytes_a_row, int64_t at_least) : rows(rows) {
     constexpr int64_t kBytes = 1 << 20;
-    const int64_t height = kBytes / bytes_a_row > at_least ? kBytes / bytes_a_row : at_least;
-    count = rows > height ? rows / height : 1;
+    const int64_t most = rows / at_least > 1 ? rows / at_least : 1;
+    count = (rows * bytes_a_row + kBytes - 1) / kBytes;
+    // As many bands for each of two or four threads.
+    if (count > 1) count = (count + 3) / 4 * 4;
+    if (count > most) count = most;
   }
   int64_t begin(int64_t band) const { return rows * band / count; }
   int64_t highest() const { return (rows + count - 1) / count; }

@@ -81,6 +81,17 @@ def test_densities(instruction_set, density, stride):
     assert_equal((24, 16, 3, 3), (8, 4), (13, 22), density=density, stride=stride)
 
 
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (7, 4), (2, 0)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_images_that_are_worked_off_in_bands(instruction_set, kernel, padding, stride, mode):
+    """More than a megabyte of padded input and of gradient, at a height that bands do not divide."""
+    assert_equal(
+        (12, 20, kernel, kernel), (8, 1), (167, 190), density=0.1, stride=stride, padding=padding, mode=mode,
+        experiments=1,
+    )  # fmt: skip
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     channels=st.tuples(st.integers(1, 20), st.integers(1, 9)),
@@ -147,10 +158,11 @@ def test_only_the_gradients_that_are_needed_are_computed():
     assert x.grad is not None
 
 
-def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set):
+@pytest.mark.parametrize("size", [(6, 7), (70, 70), (310, 290)])
+def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set, size):
     mask, generator = random_mask((20, 8, 3, 3), (8, 1), 0.3)
     pattern = BlockPattern.of(mask, (8, 1))
-    x = torch.randn(2, 8, 70, 70, generator=generator).requires_grad_()
+    x = torch.randn(2, 8, *size, generator=generator).requires_grad_()
     values = torch.randn(2, len(pattern.index), generator=generator).requires_grad_()
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3):

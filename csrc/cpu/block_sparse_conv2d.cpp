@@ -189,6 +189,23 @@ void gather(const BlockColumns<T>& blocks, const BlockTap* taps, long long count
   }
 }
 
+template <class T, int Bytes>
+struct Part {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+
+// Half onto half: lane after lane took as long as the products.
+template <class T, int Bytes>
+inline T sum_lanes(typename Part<T, Bytes>::type v) {
+  if constexpr (Bytes == 2 * sizeof(T)) {
+    return v[0] + v[1];
+  } else {
+    typename Part<T, Bytes / 2>::type halves[2];
+    __builtin_memcpy(halves, &v, Bytes);
+    return sum_lanes<T, Bytes / 2>(halves[0] + halves[1]);
+  }
+}
+
 // Several columns share the loads of the gradient, and its rows those of the input.
 template <class T, int Rows, int Columns>
 void dot_columns(const T* grad, int vectors, const T* source, const long long* offset, long long height,
@@ -206,7 +223,10 @@ void dot_columns(const T* grad, int vectors, const T* source, const long long* o
     for (int c = 0; c < Columns; ++c) input[c] = load_from(source + offset[c] + v * kWidth<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const V held = load_from(grad + r * kBlockDotTile + v * kWidth<T>);
+      V held = load_from(grad + r * kBlockDotTile + v * kWidth<T>);
+#if defined(__AVX512F__)
+      asm("" : "+v"(held));  // else GCC loads it once a column, and the loads take longer than the products
+#endif
 #pragma GCC unroll 8
       for (int c = 0; c < Columns; ++c) sum[c][r] += held * input[c];
     }
@@ -237,7 +257,7 @@ void dot(const BlockColumns<T>& blocks, const T* source, const T* grad, long lon
           __builtin_memcpy(to, grad + (row.channel + r + copied) * grad_stride + i, count * sizeof(T));
           for (long long z = count; z < vectors * kWidth<T>; ++z) to[z] = 0;
         }
-        constexpr int kColumns = smaller(2 * kRows / rows.value, 4);
+        constexpr int kColumns = smaller(kSums / rows.value, 4);
         const long long* offset = blocks.offset + row.column;
         V* sum = sums + r;
         long long k = 0;
@@ -247,11 +267,8 @@ void dot(const BlockColumns<T>& blocks, const T* source, const T* grad, long lon
           dot_columns<T, rows.value, 1>(tile, vectors, source + i, offset + k, row.height, sum + k * row.height);
       });
     }
-    for (long long j = 0; j < row.count * row.height; ++j) {
-      T sum = 0;
-      for (int lane = 0; lane < kWidth<T>; ++lane) sum += sums[j][lane];
-      result[row.weight + j] += sum;
-    }
+    for (long long j = 0; j < row.count * row.height; ++j)
+      result[row.weight + j] += sum_lanes<T, SPARSE_GEN_VECTOR_BYTES>(sums[j]);
   }
 }
 
