@@ -6,6 +6,9 @@ namespace sparse_gen::SPARSE_GEN_ISA {
 
 namespace {
 
+// Pixels are in the lanes. Output channels in the lanes (16 × 1 blocks, 12 pixels, every input broadcast into its
+// product) gave 117 GFLOP/s on one core where this gives 161: 128 to 128 channels, 3 × 3, 64², density 0.05.
+//
 // Output channels worked off together, and sums held in registers: 8 × 3 vectors of 32 registers (AVX-512) or 4 × 3
 // of 16, and as many for fewer channels.
 constexpr int kRows = SPARSE_GEN_VECTOR_BYTES == 64 ? 8 : 4;
