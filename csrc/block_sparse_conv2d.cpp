@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor> block_sparse_conv2d_backward(const Tensor& grad_out, 
       const Backward<T> backward{planes, gradient, bands, taps, channel.data(), blocks,
                                  x.const_data_ptr<T>() + e * planes.image_size()};
       torch::stable::parallel_for(0, parts, 1, [&](int64_t first_part, int64_t last_part) {
-        T* grad = scratch<T>(1, gradient.size() + kBlockDotTile);
+        T* grad = scratch<T>(1, gradient.size() + gradient.left + kBlockTile);
         for (int64_t part = first_part; part < last_part; ++part) {
           for (int64_t band = bands.count * part / parts; band < bands.count * (part + 1) / parts; ++band) {
             gradient.fill(grad_out.const_data_ptr<T>() + e * grad_image, bands.begin(band), bands.begin(band + 1), grad);
