@@ -17,7 +17,7 @@ from sparse_gen.history import History
 from sparse_gen.ops.extension import status
 from sparse_gen.tensorfile import read_tensors, write_tensors
 
-VERSION = 1
+VERSION = 2  # 2: Adam's state of a compiled generator is one tensor for all experiments
 KEPT = 2
 
 

@@ -6,29 +6,67 @@ import torch
 from torch import nn
 
 from sparse_gen.engine.compile import CompiledGenerator
+from sparse_gen.ops.masked_adam import masked_adam_
 from sparse_gen.ops.philox import Stream, normal
 
 
+class _KeptAdam:
+    """Adam on the kept values of all experiments at once."""
+
+    def __init__(self, parameter: nn.Parameter, lr: float):
+        self._parameter, self._lr = parameter, lr
+        self._values = parameter.detach()
+        self._exp_avg, self._exp_avg_sq = torch.zeros_like(self._values), torch.zeros_like(self._values)
+        self._count = torch.tensor(0, device=parameter.device)
+
+    def step(self) -> None:
+        gradient = self._parameter.grad.contiguous()
+        masked_adam_(self._values, gradient, self._exp_avg, self._exp_avg_sq, self._count, lr=self._lr)
+        self._count += 1
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "step": self._count}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+
+class _PlainAdam:
+    """torch's fused Adam on the parameters of any module."""
+
+    def __init__(self, tensors: list[nn.Parameter], lr: float):
+        self._tensors = tensors
+        self._adam = torch.optim.Adam(tensors, lr=lr, fused=True)
+
+    def step(self) -> None:
+        self._adam.step()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{i}/{name}": value
+            for i, tensor in enumerate(self._tensors)
+            for name, value in self._adam.state[tensor].items()
+        }
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        for i, tensor in enumerate(self._tensors):
+            own = _only(state, f"{i}/")
+            self._adam.state[tensor] = {name: value.to(tensor.device) for name, value in own.items()}
+
+
 class Optimiser:
-    """One step after another of fused Adam; then, with `langevin`, N(0, 1) · langevin · lr on every kernel weight."""
+    """One step after another of Adam; then, with `langevin`, N(0, 1) · langevin · lr on every kernel weight."""
 
     def __init__(self, module: nn.Module, lr: float, langevin: float, seeds: torch.Tensor):
         self._module, self._noise, self._seeds = module, langevin * lr, seeds
-        if isinstance(module, CompiledGenerator):
-            # Row by row: fused Adam rounds the tail of a vector differently from its body, and an experiment must
-            # have the same bits alone and beside others.
-            self._tensors = list(module.values.detach())
-        else:
-            self._tensors = list(module.parameters())
-        self._adam = torch.optim.Adam(self._tensors, lr=lr, fused=True)
+        compiled = isinstance(module, CompiledGenerator)
+        self._adam = _KeptAdam(module.values, lr) if compiled else _PlainAdam(list(module.parameters()), lr)
 
     def step(self, loss: torch.Tensor, step: int) -> None:
         """Take one step down the gradient of a scalar loss."""
         self._module.zero_grad(set_to_none=True)
         loss.backward()
-        if isinstance(self._module, CompiledGenerator):
-            for row, gradient in zip(self._tensors, self._module.values.grad, strict=True):
-                row.grad = gradient
         self._adam.step()
         if self._noise:
             self._add_noise(step)
@@ -40,7 +78,7 @@ class Optimiser:
             numbers = normal(self._seeds, step, Stream.LANGEVIN, values.shape[1]).to(values.dtype)
             values += self._noise * numbers * self._module.kernel_entries()
             return
-        kernels = [parameter for parameter in self._tensors if parameter.ndim == 4]
+        kernels = [parameter for parameter in self._module.parameters() if parameter.ndim == 4]
         numbers = normal(self._seeds, step, Stream.LANGEVIN, sum(k.numel() for k in kernels))[0]
         for kernel, piece in zip(kernels, numbers.split([k.numel() for k in kernels]), strict=True):
             kernel += self._noise * piece.view_as(kernel).to(kernel.dtype)
@@ -48,9 +86,7 @@ class Optimiser:
     def state(self) -> dict[str, torch.Tensor]:
         """Everything the next step depends on."""
         state = {f"module/{name}": tensor for name, tensor in self._module.state_dict().items()}
-        for i, tensor in enumerate(self._tensors):
-            state |= {f"adam/{i}/{name}": value for name, value in self._adam.state[tensor].items()}
-        return state
+        return state | {f"adam/{name}": tensor for name, tensor in self._adam.state().items()}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from what `state` gave.
@@ -58,12 +94,9 @@ class Optimiser:
         Raises:
             RuntimeError: it is the state of another module.
         """
-        weights = {n.removeprefix("module/"): t for n, t in state.items() if n.startswith("module/")}
-        self._module.load_state_dict(weights)
-        for i, tensor in enumerate(self._tensors):
-            prefix = f"adam/{i}/"
-            self._adam.state[tensor] = {
-                name.removeprefix(prefix): value.to(tensor.device)
-                for name, value in state.items()
-                if name.startswith(prefix)
-            }
+        self._module.load_state_dict(_only(state, "module/"))
+        self._adam.restore(_only(state, "adam/"))
+
+
+def _only(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

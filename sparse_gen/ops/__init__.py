@@ -1,9 +1,11 @@
 """What is computed: one operator a file, each with its schema, its plain-PyTorch reference and its checks."""
 
 from sparse_gen.ops import (
+    block_sparse_conv2d,
     concrete_mask,
     dispatch,
     extension,
+    masked_adam,
     norm_act,
     norm_head,
     norm_load,
@@ -14,9 +16,11 @@ from sparse_gen.ops import (
 )
 
 __all__ = [
+    "block_sparse_conv2d",
     "concrete_mask",
     "dispatch",
     "extension",
+    "masked_adam",
     "norm_act",
     "norm_head",
     "norm_load",

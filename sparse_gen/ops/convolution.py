@@ -105,3 +105,17 @@ def check_convolution(x, values, bias, shape: tuple[int, int, int, int], kept: i
             raise ValueError(
                 f"expected {name} of {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device}"
             )
+
+
+def check_padding(x: torch.Tensor, shape: tuple[int, int, int, int], padding: int, padding_mode: str) -> None:
+    """Raise ValueError unless x can be padded so and is then at least as large as the kernel."""
+    kernel_h, kernel_w = shape[2:]
+    if padding < 0:
+        raise ValueError(f"expected a padding from 0 on, got {padding}")
+    if padding_mode == "reflect" and padding >= min(x.shape[2:]):
+        raise ValueError(f"expected more than {padding} pixels a side to reflect, got {x.shape[2]}×{x.shape[3]}")
+    if x.shape[2] + 2 * padding < kernel_h or x.shape[3] + 2 * padding < kernel_w:
+        raise ValueError(
+            f"expected a padded image of at least the kernel's {kernel_h}×{kernel_w}, got "
+            f"{x.shape[2] + 2 * padding}×{x.shape[3] + 2 * padding}"
+        )

@@ -17,6 +17,7 @@ from sparse_gen.ops.convolution import (
     PADDING_MODES,
     TORCH_MODES,
     check_convolution,
+    check_padding,
     register_sparse_convolution,
 )
 
@@ -140,24 +141,11 @@ def sparse_conv2d(
     Raises:
         ValueError: shapes, dtypes, devices or the padding do not fit together.
     """
-    _check(x, values, pattern, bias, padding, padding_mode)
+    check_convolution(x, values, bias, pattern.shape, len(pattern.index), padding_mode)
+    check_padding(x, pattern.shape, padding, padding_mode)
     out_channels, _, kernel_h, kernel_w = pattern.shape
     return torch.ops.sparse_gen.sparse_conv2d(
         x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous(),
         pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order,
         out_channels, kernel_h, kernel_w, pattern.stride, padding, PADDING_MODES.index(padding_mode),
     )  # fmt: skip
-
-
-def _check(x, values, pattern, bias, padding, padding_mode) -> None:
-    check_convolution(x, values, bias, pattern.shape, len(pattern.index), padding_mode)
-    _, _, kernel_h, kernel_w = pattern.shape
-    if padding < 0:
-        raise ValueError(f"expected a padding from 0 on, got {padding}")
-    if padding_mode == "reflect" and padding >= min(x.shape[2:]):
-        raise ValueError(f"expected more than {padding} pixels a side to reflect, got {x.shape[2]}×{x.shape[3]}")
-    if x.shape[2] + 2 * padding < kernel_h or x.shape[3] + 2 * padding < kernel_w:
-        raise ValueError(
-            f"expected a padded image of at least the kernel's {kernel_h}×{kernel_w}, got "
-            f"{x.shape[2] + 2 * padding}×{x.shape[3] + 2 * padding}"
-        )
