@@ -13,10 +13,12 @@ PADDING_MODES = ("zeros", "reflect", "replicate")
 TORCH_MODES = ("constant", "reflect", "replicate")
 
 
-def register_sparse_convolution(pattern: str, *, reference: Callable, fake: Callable, loads: bool = False) -> None:
+def register_sparse_convolution(
+    pattern: str, *, reference: Callable, fake: Callable, loads: bool = False, name: str | None = None
+) -> None:
     """Define the operator of a reference, its backward operator, and its autograd.
 
-    The operator is <stem>(x, values, bias, <pattern>) -> out; <stem>_backward takes the output's gradient in front
+    The operator is <name>(x, values, bias, <pattern>) -> out; <name>_backward takes the output's gradient in front
     and, at the end, which of the two gradients it gives are needed. The bias's gradient is a sum.
 
     Args:
@@ -25,8 +27,10 @@ def register_sparse_convolution(pattern: str, *, reference: Callable, fake: Call
         fake: the same for shapes only.
         loads: whether the operators end with a load (E, in, 5), or None, that is applied to x; the gradient they give
             is then that of the loaded image.
+        name: of the operator, by default the stem.
     """
     stem = reference.__module__.rpartition(".")[2]
+    name = name or stem
     load_schema = ", Tensor? load" if loads else ""
 
     def loaded(x, given):
@@ -56,13 +60,13 @@ def register_sparse_convolution(pattern: str, *, reference: Callable, fake: Call
         return grad_x, torch.empty_like(values) if needs_grad_values else x.new_empty(0)
 
     register_operator(
-        f"{stem}(Tensor x, Tensor values, Tensor? bias, {pattern}{load_schema}) -> Tensor",
+        f"{name}(Tensor x, Tensor values, Tensor? bias, {pattern}{load_schema}) -> Tensor",
         reference=run_reference,
         fake=run_fake,
         stem=stem,
     )
     register_operator(
-        f"{stem}_backward(Tensor grad_out, Tensor x, Tensor values, {pattern}{load_schema},"
+        f"{name}_backward(Tensor grad_out, Tensor x, Tensor values, {pattern}{load_schema},"
         " bool needs_grad_x, bool needs_grad_values) -> (Tensor, Tensor)",
         reference=backward_reference,
         fake=backward_fake,
@@ -76,14 +80,14 @@ def register_sparse_convolution(pattern: str, *, reference: Callable, fake: Call
     def backward(ctx, grad_out):
         x, values = ctx.saved_tensors
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
-        grad_x, grad_values = getattr(torch.ops.sparse_gen, f"{stem}_backward")(
+        grad_x, grad_values = getattr(torch.ops.sparse_gen, f"{name}_backward")(
             grad_out.contiguous(), x, values, *ctx.pattern, needs_x, needs_values
         )
         grad_bias = grad_out.sum(dim=(2, 3)) if needs_bias else None
         nothing = [None] * len(ctx.pattern)
         return grad_x if needs_x else None, grad_values if needs_values else None, grad_bias, *nothing
 
-    torch.library.register_autograd(f"sparse_gen::{stem}", backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"sparse_gen::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def check_convolution(x, values, bias, shape: tuple[int, int, int, int], kept: int, padding_mode: str) -> None:

@@ -1,0 +1,249 @@
+"""`masked_conv2d`: every layout's outputs and gradients against PyTorch's separate steps in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from sparse_gen.ops.masked_conv2d import masked_conv2d
+from sparse_gen.ops.masked_conv2d_layouts import LAYOUTS, UPSAMPLE, pooled_means, why_not
+
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
+MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
+
+
+def dense(x, weight, bias, *, stride, padding, padding_mode, upsample, pool):
+    """E separate runs of the steps as written."""
+    outputs = []
+    for e in range(len(x)):
+        one = x[e : e + 1]
+        if upsample:
+            one = F.interpolate(one, scale_factor=2, mode=upsample)
+        padded = F.pad(one, [padding] * 4, mode=MODES[padding_mode]) if padding else one
+        out = F.conv2d(padded, weight[e], bias[e], stride=stride)
+        outputs.append(F.avg_pool2d(out, 2) if pool else out)
+    return torch.cat(outputs)
+
+
+def assert_equal(
+    shape, size, *, stride=1, padding=None, mode="reflect", upsample=None, pool=False, layout="auto", experiments=2,
+    dtype=torch.float32,
+):  # fmt: skip
+    padding = shape[-1] // 2 if padding is None else padding
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*s):
+        return torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype)
+
+    arguments = {"stride": stride, "padding": padding, "padding_mode": mode, "upsample": upsample, "pool": pool}
+    leaves = [normal(experiments, shape[1], *size), normal(experiments, *shape), normal(experiments, shape[0])]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = masked_conv2d(*leaves, **arguments, layout=layout)
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = dense(*doubles, **arguments)
+    assert out.shape == expected.shape
+    gradient = normal(*out.shape)
+    got = [out, *torch.autograd.grad(out, leaves, gradient)]
+    want = [expected, *torch.autograd.grad(expected, doubles, gradient.double())]
+    # The bias's gradient is a plain sum, which may cancel: its error is measured against what is summed.
+    scales = [*(w.norm() for w in want[:3]), gradient.double().abs().sum(dim=(2, 3)).norm()]
+    for g, w, scale in zip(got, want, scales, strict=True):
+        assert g.shape == w.shape
+        assert (g.double() - w).norm() <= TOLERANCE[dtype] * scale + 1e-300
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("size", [(3, 2), (4, 4), (9, 23), (33, 65)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
+def test_taps(instruction_set, kernel, mode, size, dtype, upsample):
+    assert_equal((7, 3, kernel, kernel), size, mode=mode, dtype=dtype, upsample=upsample, layout="taps")
+
+
+# More pixels than one band holds, more rows than are worked on at a time, and channels in several groups.
+@pytest.mark.parametrize("shape", [(17, 35, 3, 3), (3, 4, 5, 5), (2, 3, 11, 11)])
+@pytest.mark.parametrize("size", [(150, 31), (13, 700)])
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
+def test_taps_in_bands(instruction_set, shape, size, upsample):
+    assert_equal(shape, size, upsample=upsample, layout="taps", experiments=1)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("size", [(2, 2), (9, 23), (33, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_phases(mode, size, dtype):
+    assert_equal((5, 3, 3, 3), size, mode=mode, dtype=dtype, upsample="nearest", layout="phase")
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("size", [(8, 9), (23, 10), (66, 130)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiles(instruction_set, kernel, stride, pool, mode, size, dtype):
+    layout = "direct" if stride == 2 and pool else "tiles"
+    assert_equal((7, 3, kernel, kernel), size, layout=layout, stride=stride, pool=pool, mode=mode, dtype=dtype)
+
+
+# More rows than one band holds, channels in several groups and, for the weight's gradient, too many for bands.
+@pytest.mark.parametrize("shape", [(130, 37, 3, 3), (30, 20, 5, 3)])
+@pytest.mark.parametrize("size", [(150, 31), (13, 700), (6, 5)])
+@pytest.mark.parametrize("pool", [False, True])
+def test_tiles_in_bands(instruction_set, shape, size, pool):
+    assert_equal(shape, size, pool=pool, layout="tiles", experiments=1)
+
+
+@pytest.mark.parametrize("layout", ["direct", "gemm"])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_folds(layout, kernel, stride, pool, mode):
+    for size in ((8, 8), (11, 22)):
+        assert_equal((5, 3, kernel, kernel), size, layout=layout, stride=stride, pool=pool, mode=mode)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    channels=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    kernel=st.one_of(st.sampled_from([(1, 1), (3, 3), (5, 5)]), st.tuples(st.integers(1, 7), st.integers(1, 7))),
+    size=st.tuples(st.integers(5, 40), st.integers(7, 50)),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 4),
+    same_size=st.booleans(),
+    mode=st.sampled_from(list(MODES)),
+    upsample=st.sampled_from(UPSAMPLE),
+    pool=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    experiments=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_any_shape(
+    channels, kernel, size, stride, padding, same_size, mode, upsample, pool, layout, experiments, dtype
+):
+    if same_size:
+        padding, stride, pool = kernel[0] // 2, 1, False
+    places = list(MODES).index(mode), UPSAMPLE.index(upsample)
+    if why_not(layout, (*channels, *kernel), stride, padding, *places, pool):
+        layout = "auto"
+    if 2 * padding + 5 < kernel[0] + pool or 2 * padding + 7 < kernel[1] + pool:
+        padding = 4
+    assert_equal(
+        (*channels, *kernel), size, stride=stride, padding=padding, mode=mode, upsample=upsample, pool=pool,
+        layout=layout, experiments=experiments, dtype=dtype,
+    )  # fmt: skip
+
+
+def test_one_weight_for_all_experiments():
+    x, weight, bias = torch.randn(3, 2, 6, 7), torch.randn(4, 2, 3, 3, requires_grad=True), torch.randn(4)
+    out = masked_conv2d(x, weight, bias, padding=1)
+    torch.testing.assert_close(out, F.conv2d(x, weight, bias, padding=1))
+    (gradient,) = torch.autograd.grad(out.square().sum(), weight)
+    (expected,) = torch.autograd.grad(F.conv2d(x, weight, bias, padding=1).square().sum(), weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_means_of_pooled_convolution():
+    x = torch.arange(6.0).view(1, 1, 2, 3)
+    means = pooled_means(x, 1, 0)
+    assert means[0, 0, 1].tolist() == [0.75, 2.0, 3.0, 1.75]
+    weight = torch.randn(2, 1, 3, 3)
+    x = torch.randn(1, 1, 8, 9)
+    folded = masked_conv2d(pooled_means(x, 1, 1), weight, stride=2)
+    torch.testing.assert_close(folded, masked_conv2d(x, weight, padding=1, padding_mode="reflect", pool=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_the_gradients_that_are_needed_are_computed(layout):
+    scale = {"padding": 1, "layout": layout, "upsample": None if layout == "tiles" else "nearest"}
+    for size in (8, 60):
+        x, weight = torch.rand(1, 2, size, size), torch.rand(2, 2, 3, 3, requires_grad=True)
+        masked_conv2d(x, weight, **scale).sum().backward()
+        own = weight.grad
+        weight.grad = None
+        x.requires_grad_()
+        masked_conv2d(x, weight, **scale).sum().backward()
+        assert torch.equal(own, weight.grad)
+        both = x.grad
+        x.grad = None
+        masked_conv2d(x, weight.detach(), **scale).sum().backward()
+        assert torch.equal(both, x.grad)
+
+
+@pytest.mark.parametrize("size", [(20, 21), (70, 71), (140, 33)])
+@pytest.mark.parametrize("layout", ["taps", "tiles"])
+def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set, size, layout):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, *size, generator=generator).requires_grad_()
+    weight = torch.randn(2, 33, 8, 3, 3, generator=generator).requires_grad_()
+    upsample = "nearest" if layout == "taps" else None
+    scale = {"padding": 1, "padding_mode": "reflect", "upsample": upsample, "layout": layout}
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        out = masked_conv2d(x, weight, **scale)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, weight])])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+    alone = masked_conv2d(x[1:], weight[1:], **scale)
+    assert torch.equal(alone, results[0][0][1:])
+
+
+LEAVES = [(2, 2, 4, 5), (2, 3, 2, 3, 3), (2, 3)]
+CASES = [
+    {"pool": True, "padding_mode": "reflect"},
+    {"stride": 2, "layout": "gemm"},
+    {"pool": True, "layout": "tiles", "padding_mode": "reflect"},
+    {"stride": 2, "layout": "tiles", "padding_mode": "replicate"},
+    {"upsample": "nearest", "layout": "taps", "padding_mode": "reflect"},
+    {"upsample": "bilinear", "layout": "taps"},
+    {"upsample": "nearest", "layout": "phase", "padding_mode": "replicate"},
+    {"upsample": "bilinear", "layout": "direct", "pool": True},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradcheck(case):
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in LEAVES]
+    assert torch.autograd.gradcheck(lambda *t: masked_conv2d(*t, padding=1, **case), leaves)
+
+
+def test_opcheck():
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in LEAVES)
+    ops = torch.ops.sparse_gen
+    for arguments in ((1, 1, 1, 0, True, 0), (2, 1, 0, 0, False, 4), (1, 1, 1, 1, False, 2), (1, 1, 2, 1, False, 3)):
+        torch.library.opcheck(ops.masked_conv2d, (x, weight, bias, *arguments))
+        out = ops.masked_conv2d(x, weight, None, *arguments).detach()
+        torch.library.opcheck(ops.masked_conv2d_backward, (out, x.detach(), weight.detach(), *arguments, True, True))
+    torch.library.opcheck(ops.masked_conv2d_taps, (x, weight, bias, 1, 1, True))
+    out = ops.masked_conv2d_taps(x, weight, None, 1, 1, True).detach()
+    torch.library.opcheck(ops.masked_conv2d_taps_backward, (out, x.detach(), weight.detach(), 1, 1, True, True, True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 8, 8)}, "weight of shape|x of shape"),
+        ({"x": torch.zeros(1, 2, 8, 8, dtype=torch.float16)}, "float32 or float64"),
+        ({"x": torch.zeros(1, 3, 8, 8)}, "channels, got 3"),
+        ({"weight": torch.zeros(3, 2, 3)}, r"weight of shape \(out, in, kh, kw\)"),
+        ({"weight": torch.zeros(2, 3, 2, 3, 3)}, "with E = 1 in front"),
+        ({"weight": torch.zeros(3, 2, 3, 3, dtype=torch.float64)}, "weight of torch.float32 on cpu like x"),
+        ({"bias": torch.zeros(2)}, r"bias of shape \(1, 3\)"),
+        ({"stride": 3}, "stride 1 or 2"),
+        ({"padding": 8, "padding_mode": "reflect"}, "more than 8 pixels a side to reflect, got 8×8"),
+        ({"padding_mode": "circular"}, "padding_mode out of zeros, reflect, replicate, got 'circular'"),
+        ({"upsample": "cubic"}, "upsample out of None, nearest, bilinear, got 'cubic'"),
+        ({"layout": "fft"}, "layout out of auto, direct, taps, phase, gemm, tiles, got 'fft'"),
+        ({"layout": "phase"}, "'phase', which is for nearest up-sampling and a 3×3 kernel with padding 1"),
+        ({"layout": "taps", "upsample": "nearest"}, "'taps', which is for up-sampling"),
+        ({"x": torch.zeros(1, 2, 3, 3), "pool": True}, "at least one pixel, got 0×0"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        masked_conv2d(**{"x": torch.zeros(1, 2, 8, 8), "weight": torch.zeros(3, 2, 3, 3)} | change)
