@@ -36,6 +36,29 @@ def _join_moments(p_moments, numel, SPAN: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _join_kernel(
+    p_moments,  # pointer to the splits' moments, shape (rows, splits, 2)
+    p_gamma,  # pointer to gamma, shape (rows,)
+    p_beta,  # pointer to beta, shape (rows,)
+    p_affine,  # pointer to output, mean, gamma * rstd and beta, shape (3, rows)
+    p_rstd,  # pointer to output, shape (rows,)
+    eps,
+    numel,
+    splits,
+    SPAN: tl.constexpr,  # values to a split
+    SPLITS: tl.constexpr,  # a power of two from splits on
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0)
+    mean, squares = _join_moments(p_moments + 2 * i_row * splits, numel, SPAN, SPLITS)
+    rstd = 1 / tl.sqrt(squares / numel + eps)
+    tl.store(p_affine + i_row, mean)
+    tl.store(p_affine + rows + i_row, tl.load(p_gamma + i_row) * rstd)
+    tl.store(p_affine + 2 * rows + i_row, tl.load(p_beta + i_row))
+    tl.store(p_rstd + i_row, rstd)
+
+
+@triton.jit
 def _moments_kernel(
     p_x,  # pointer to x, shape (rows, numel)
     p_moments,  # pointer to output, mean and sum of squared deviations, shape (rows, splits, 2)
@@ -250,6 +273,27 @@ def norm_act_backward(grad_y, x, gamma, beta, mean, rstd, slope):
         SPLITS=triton.next_power_of_2(splits), BLOCK=block, WHOLE=whole, num_warps=_warps(block),
     )  # fmt: skip
     return grad_x, grad_gamma, grad_beta
+
+
+def affine_of_moments(moments, numel, span, gamma, beta, eps):
+    """The normalisation that the next convolution applies on load, from the moments that the last one left.
+
+    Args:
+        moments: (E, C, splits, 2), mean and sum of squared deviations of every span of values.
+        numel: values of a channel.
+        span: values of a split; the last one has what is left.
+        gamma, beta: (E, C).
+        eps: added to the variance.
+
+    Returns:
+        (3, E, C), mean, gamma · rstd and beta; and rstd, (E, C).
+    """
+    affine, rstd = gamma.new_empty(3, *gamma.shape), torch.empty_like(gamma)
+    splits = moments.shape[2]
+    _join_kernel[(gamma.numel(),)](
+        moments, gamma, beta, affine, rstd, eps, numel, splits, SPAN=span, SPLITS=triton.next_power_of_2(splits)
+    )
+    return affine, rstd
 
 
 def _warps(block: int) -> int:
