@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sparse_gen.kernels.gather import Geometry, load_image, multiply
 from sparse_gen.kernels.masked_conv2d_gradients import input_gradient, weight_gradient
-from sparse_gen.kernels.splits import add_splits, column_moments, split, tile
+from sparse_gen.kernels.splits import add_splits, column_moments, precision_of_torch, split, tile
 
 
 @triton.jit
@@ -102,11 +102,6 @@ def _forward_kernel(
         tl.store(p_pair + 1, b_squares, mask=m_out)
     p_out += (i_split * experiments + i_experiment) * out_channels * pixels
     tl.store(p_out + o_out[None, :] * pixels + o_pixel[:, None], b_out, mask=m_pixel[:, None] & m_out[None, :])
-
-
-def precision_of_torch() -> str:
-    """What PyTorch's own convolutions would use: "tf32" unless it was turned off."""
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
 def convolve(x, weight, bias, geometry: Geometry, *, affine=None, slope=1.0, moments=False, precision="tf32"):

@@ -220,14 +220,12 @@ def input_gradient(grad_out, weight, geometry: Geometry, shape, precision="tf32"
         shape: of x, (E, channels, H, W).
         precision: "ieee", "tf32" or "bf16".
     """
-    experiments, channels, height, width = shape
+    experiments, channels = shape[:2]
     out_channels, stride = weight.shape[1], geometry.stride
-    # Padded with zeros, only what lies inside the padding is wanted.
-    offset = 0 if geometry.mode or geometry.box else geometry.padding
-    plane_h, plane_w = (geometry.plane(n) - 2 * offset for n in (height, width))
-    blocks = tile(triton.cdiv(plane_h, stride) * triton.cdiv(plane_w, stride), channels, out_channels, precision)
-    phase = triton.cdiv(triton.cdiv(plane_h, stride) * triton.cdiv(plane_w, stride), blocks["BLOCK_P"])
-    grid = phase, triton.cdiv(channels, blocks["BLOCK_N"]) * stride**2
+    plane_h, plane_w, offset = plane_of(geometry, shape)
+    phase = triton.cdiv(plane_h, stride) * triton.cdiv(plane_w, stride)
+    blocks = tile(phase, channels, out_channels, precision)
+    grid = triton.cdiv(phase, blocks["BLOCK_P"]), triton.cdiv(channels, blocks["BLOCK_N"]) * stride**2
     taps = triton.cdiv(geometry.kernel_h, stride) * triton.cdiv(geometry.kernel_w, stride)
     splits, iterations = split(grid[0] * grid[1], triton.cdiv(out_channels, blocks["BLOCK_K"]) * taps)
     parts = grad_out.new_empty(splits, experiments, channels, plane_h * plane_w)
@@ -236,10 +234,16 @@ def input_gradient(grad_out, weight, geometry: Geometry, shape, precision="tf32"
         iterations, KERNEL_H=geometry.kernel_h, KERNEL_W=geometry.kernel_w, STRIDE=stride, OFFSET=offset,
         PRECISION=precision, **blocks,
     )  # fmt: skip
-    plane = parts[0] if splits == 1 else add_splits(parts)
-    if geometry.upsample or geometry.mode or geometry.box:
-        plane = _fold(plane, geometry, shape, plane_h, plane_w, geometry.padding - offset)
-    return plane.view(shape)
+    return fold(parts[0] if splits == 1 else add_splits(parts), geometry, shape)
+
+
+def plane_of(geometry: Geometry, shape) -> tuple[int, int, int]:
+    """Height and width of the plane that is wanted, and rows and columns of the padding that are not.
+
+    Of an image padded with zeros only the inside is wanted.
+    """
+    offset = 0 if geometry.mode or geometry.box else geometry.padding
+    return *(geometry.plane(length) - 2 * offset for length in shape[2:]), offset
 
 
 @lru_cache(maxsize=256)
@@ -273,12 +277,15 @@ def _readers(length: int, padding: int, mode: int, upsample: int, box: bool, dev
     return places.to(device), weights.to(device), counts.int().to(device)
 
 
-def _fold(plane, geometry: Geometry, shape, plane_h, plane_w, padding):
-    """Carry the plane's gradient back through 2×2 means, padding and up-sampling."""
+def fold(plane, geometry: Geometry, shape):
+    """Carry the gradient of `plane_of`'s plane back through 2×2 means, padding and up-sampling."""
     experiments, channels, height, width = shape
+    plane_h, plane_w, offset = plane_of(geometry, shape)
+    if not (geometry.upsample or geometry.mode or geometry.box):
+        return plane.view(shape)
     block_w = min(triton.next_power_of_2(width), 64)
     block_h = min(triton.next_power_of_2(height), 1024 // block_w)
-    steps = padding, geometry.mode, geometry.upsample, geometry.box, plane.device
+    steps = geometry.padding - offset, geometry.mode, geometry.upsample, geometry.box, plane.device
     grad_x = plane.new_empty(shape)
     _fold_kernel[experiments * channels, triton.cdiv(height, block_h), triton.cdiv(width, block_w)](
         plane, grad_x, *_readers(height, *steps), *_readers(width, *steps), height, width, plane_h, plane_w,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -50,6 +51,11 @@ def _add_splits_kernel(
     tl.store(p_out + i_row * numel + o_index, b_out, mask=m_index)
 
 
+def precision_of_torch() -> str:
+    """What PyTorch's own convolutions would use: "tf32" unless it was turned off."""
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
 def tile(rows: int, columns: int, depth: int, precision: str, gathers: int = 1) -> dict[str, int]:
     """Block sizes and launch options of a product of rows × depth × columns, each element gathered so many times.
 
@@ -74,6 +80,7 @@ def split(programs: int, total: int) -> tuple[int, int]:
 
     Shapes of one experiment alone decide, so that it has the same bits alone and beside others.
     """
+    total = max(total, 1)
     iterations = max(triton.cdiv(total * programs, PROGRAMS), min(total, MIN_ITERATIONS))
     return triton.cdiv(total, iterations), iterations
 

@@ -88,3 +88,15 @@ def compile_for_sm_90(
         MachineCode(result["ptx"], result["shared"], result.get("REG"), result.get("STACK"))
         for result in json.loads(run.stdout)
     ]
+
+
+def assert_tensor_cores(code: MachineCode, precision: str) -> None:
+    """Products run as wgmma of that precision alone; "ieee" uses no tensor cores."""
+    kind = {"tf32": ".tf32.tf32", "bf16": ".bf16.bf16", "ieee": None}[precision]
+    lines = [line for line in code.ptx.splitlines() if "wgmma.mma_async" in line]
+    assert "mma.sync" not in code.ptx
+    if kind is None:
+        assert not lines
+    else:
+        assert lines
+        assert all(kind in line for line in lines)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ahead_of_time import compile_for_sm_90
+from ahead_of_time import assert_tensor_cores, compile_for_sm_90
 from torch.nn import functional as F
 
 # DESIGN's norm-wise errors against float64. The interpreter multiplies "tf32" in float32, a GPU does not.
@@ -199,17 +199,6 @@ def machine_code(splits, stem, name, constants, precision, geometry=None, depth=
         options = {"num_warps": 4}
     (code,) = compile_for_sm_90(stem, [(name, types, constants, options)])
     return code
-
-
-def assert_tensor_cores(code, precision):
-    kind = {"tf32": ".tf32.tf32", "bf16": ".bf16.bf16", "ieee": None}[precision]
-    lines = [line for line in code.ptx.splitlines() if "wgmma.mma_async" in line]
-    assert "mma.sync" not in code.ptx
-    if kind is None:
-        assert not lines
-    else:
-        assert lines
-        assert all(kind in line for line in lines)
 
 
 # (precision, upsample, pool)
