@@ -213,7 +213,7 @@ RESAMPLING = [
     ("ieee", 0, False),
     ("ieee", 2, True),
 ]
-# Half of a multiprocessor's 227 KiB. Registers are limited to a little more than was seen with Triton 3.9: a program of
+# Half of a multiprocessor's 227 KiB. Registers are limited to a little more than Triton 3.6 and 3.9 need: a program of
 # 256 threads may have 255 a thread, and two of them run on a multiprocessor up to 128.
 SHARED = 113 << 10
 
@@ -249,7 +249,7 @@ def test_weight_gradient_compiles_for_sm_90(kernel, precision, upsample, pool):
         splits, "masked_conv2d_gradients", "_weight_gradient_kernel", {"AFFINE": True}, precision, geometry, rows=64,
         slope="fp32",
     )  # fmt: skip
-    code.assert_within(shared=SHARED, registers=168)
+    code.assert_within(shared=SHARED, registers=224)
     assert_tensor_cores(code, precision)
 
 
@@ -259,7 +259,7 @@ def test_passes_over_memory_compile_for_sm_90(kernel):
     tables = {f"p_{name}_{axis}": "*i32" for name in ("place", "count") for axis in "yx"}
     fold = {"BLOCK_H": 16, "BLOCK_W": 64}
     machine_code(splits, "masked_conv2d_gradients", "_fold_kernel", fold, None, **tables).assert_within(
-        shared=64, registers=96
+        shared=4096, registers=96
     )
     add = {"BIAS": True, "MOMENTS": True, "BLOCK": 1024}
     machine_code(splits, "splits", "_add_splits_kernel", add, None).assert_within(shared=64, registers=64)
