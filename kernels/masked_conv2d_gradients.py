@@ -127,9 +127,7 @@ def _fold_kernel(
             o_place_x = tl.load(p_place_x + i_x * width + o_x, mask=m_x, other=0)
             b_weight_x = tl.load(p_weight_x + i_x * width + o_x, mask=m_x, other=0.0)
             b_weight = b_weight_y[:, None] * b_weight_x[None, :]
-            b_plane = tl.load(
-                p_plane + o_place_y[:, None] * plane_w + o_place_x[None, :], mask=b_weight > 0, other=0.0
-            )
+            b_plane = tl.load(p_plane + o_place_y[:, None] * plane_w + o_place_x[None, :], mask=b_weight > 0, other=0.0)
             b_grad += b_weight * b_plane
     p_grad_x += i_row * height * width
     tl.store(p_grad_x + o_y[:, None] * width + o_x[None, :], b_grad, mask=m_y[:, None] & m_x[None, :])

@@ -230,8 +230,7 @@ def test_forward_compiles_for_sm_90(kernel, precision, upsample, pool):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+@pytest.mark.parametrize(("precision", "stride"), [("ieee", 2), ("tf32", 1), ("tf32", 2), ("bf16", 2)])
 def test_plane_gradient_compiles_for_sm_90(kernel, precision, stride):
     splits = pytest.importorskip("sparse_gen.kernels.splits")
     constants = {"KERNEL_H": 3, "KERNEL_W": 3, "STRIDE": stride, "OFFSET": 0}
@@ -241,7 +240,7 @@ def test_plane_gradient_compiles_for_sm_90(kernel, precision, stride):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("precision", "upsample", "pool"), RESAMPLING)
+@pytest.mark.parametrize(("precision", "upsample", "pool"), RESAMPLING[::2])
 def test_weight_gradient_compiles_for_sm_90(kernel, precision, upsample, pool):
     splits = pytest.importorskip("sparse_gen.kernels.splits")
     geometry = kernel.Geometry.of((3, 3), 1, 1, 1, upsample, pool)
