@@ -4,8 +4,7 @@ import pytest
 import torch
 from ahead_of_time import assert_tensor_cores, compile_for_sm_90
 
-ops = pytest.importorskip("sparse_gen.ops.block_sparse_conv2d", reason="block_sparse_conv2d has no operator yet")
-BlockPattern = ops.BlockPattern
+from sparse_gen.ops.block_sparse_conv2d import BlockPattern, block_sparse_conv2d_reference
 
 # DESIGN's norm-wise errors against float64. The interpreter multiplies "tf32" in float32, a GPU does not.
 TOLERANCE = {"ieee": 5e-6, "tf32": 2e-3, "bf16": 2e-2}
@@ -42,7 +41,7 @@ def compare(kernel, mask, block, stride, padding, mode, size, precision="ieee"):
     bias = normal(2, len(mask), seed=2)
     leaves = [x.double().requires_grad_(), values.double().requires_grad_()]
     on_cpu = [t.cpu() if isinstance(t, torch.Tensor) else t for t in arguments_of(pattern, padding, mode)]
-    want = ops.block_sparse_conv2d_reference(*leaves, bias.double(), *on_cpu)
+    want = block_sparse_conv2d_reference(*leaves, bias.double(), *on_cpu)
     gradient = normal(*want.shape, seed=3)
     arguments = arguments_of(pattern, padding, mode)
     x, values, bias, gradient = (t.to(DEVICE) for t in (x, values, bias, gradient))

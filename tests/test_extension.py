@@ -77,7 +77,7 @@ def test_every_operator_says_where_it_runs():
         assert found["reference"] is None
         assert found["cpu"] == status().reason
         assert torch.cuda.is_available() or found["triton"]
-    with pytest.raises(ValueError, match="expected an operator out of block_sparse_conv2d"):
+    with pytest.raises(ValueError, match="expected an operator out of apply_load"):
         backends("convolution")
 
 
