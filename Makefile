@@ -10,10 +10,10 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize quality bench lint clean
+.PHONY: help demo test sanitize quality bench gpu-check lint clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{ printf "%-18s%s\n", $$1, $$2 }'
 
 demo: $(INSTALLED)  ## restore a noisy photograph; the pictures go to demo/
 	$(BIN)/sparse-gen denoise $(DEMO_IMAGE) --sigma 0.1 --seed 0 -o demo --overwrite
@@ -34,6 +34,9 @@ quality: $(INSTALLED)  ## compare the methods' PSNR over three seeds
 
 bench: $(INSTALLED)  ## measure speed; ONLY="training and 512" a part of it, SAVE=1 to store the figures
 	$(BIN)/pytest bench/ $(if $(ONLY),-k "$(ONLY)") $(if $(SAVE),--save)
+
+gpu-check: $(INSTALLED)  ## check and measure on this machine's GPU; the results go to gpu-check/
+	$(BIN)/python scripts/gpu_check.py gpu-check
 
 # The stamp goes too: the library in the source tree has to be built again.
 clean:  ## delete what was built, but not .venv and demo/

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_gen.kernels.masked_adam import adam, log_beta
 from sparse_gen.kernels.philox import uniform_block
 
 # Element-wise and bound by memory: 1024 elements a program are 4 KiB of each array.
@@ -125,14 +126,10 @@ def _update_kernel(
     b_grad += kl_weight * _kl_gradient(b_logit, log_prior_odds)
 
     b_exp_avg = tl.load(p_exp_avg + o_row, mask=m_index, other=0.0)
-    b_exp_avg += (b_grad - b_exp_avg) * decay1
     b_exp_avg_sq = tl.load(p_exp_avg_sq + o_row, mask=m_index, other=0.0)
-    b_exp_avg_sq += (b_grad * b_grad - b_exp_avg_sq) * decay2
-    # 1 - beta^count in double: at the first step a float would keep four digits of 1 - 0.999.
-    count = (step + 1).to(tl.float64)
-    step_size = (lr / (1 - tl.exp(count * log_beta1))).to(tl.float32)
-    inverse_root2 = (1 / tl.sqrt(1 - tl.exp(count * log_beta2))).to(tl.float32)
-    b_logit -= step_size * b_exp_avg / (tl.sqrt(b_exp_avg_sq) * inverse_root2 + eps)
+    b_logit, b_exp_avg, b_exp_avg_sq = adam(
+        b_logit, b_exp_avg, b_exp_avg_sq, b_grad, step, lr, log_beta1, log_beta2, decay1, decay2, eps
+    )
 
     b_next_mask, _ = _soft_mask(b_logit, uniform_block(seed, step + 1, stream, i_block, BLOCK), inverse_temperature)
     tl.store(p_logits + o_row, b_logit, mask=m_index)
@@ -176,6 +173,6 @@ def concrete_mask_update(
     if logits.numel():
         _update_kernel[_grid(logits)](
             logits, exp_avg, exp_avg_sq, masked_weight, weight, grad_masked_weight, seed, step, stream,
-            1 / temperature, kl_weight, math.log(prior / (1 - prior)), lr, math.log(beta1), math.log(beta2),
+            1 / temperature, kl_weight, math.log(prior / (1 - prior)), lr, log_beta(beta1), log_beta(beta2),
             1 - beta1, 1 - beta2, eps, logits.shape[1], _weight_stride(weight), BLOCK=BLOCK,
         )  # fmt: skip

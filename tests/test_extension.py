@@ -4,12 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 
 import sparse_gen
+from sparse_gen.ops import dispatch
 from sparse_gen.ops.dispatch import backends, operators
 from sparse_gen.ops.extension import status
 
@@ -73,8 +77,17 @@ def test_every_operator_says_where_it_runs():
         assert found["reference"] is None
         assert found["cpu"] == status().reason
         assert torch.cuda.is_available() or found["triton"]
-    with pytest.raises(ValueError, match="expected an operator out of block_sparse_conv2d"):
+    with pytest.raises(ValueError, match="expected an operator out of apply_load"):
         backends("convolution")
+
+
+def test_every_triton_launcher_takes_what_its_operator_takes():
+    pytest.importorskip("triton", reason="triton is not installed")
+    for name, stem in dispatch._stems.items():
+        if find_spec(f"sparse_gen.kernels.{stem}"):
+            launcher = getattr(import_module(f"sparse_gen.kernels.{stem}"), name)
+            schema = getattr(torch.ops.sparse_gen, name).default._schema
+            assert len(signature(launcher).parameters) == len(schema.arguments), name
 
 
 def test_a_lower_instruction_set_can_be_asked_for_but_not_a_higher(monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ahead_of_time import compile_for_sm_90
 from torch.nn import functional as F
 
 from sparse_gen.ops.norm_act import norm_act
@@ -94,3 +95,77 @@ def test_gradcheck_and_opcheck():
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         norm_act(**{"x": torch.zeros(1, 3, 4, 4), "gamma": torch.ones(1, 3), "beta": torch.ones(1, 3)} | change)
+
+
+# A block of 64 makes small images as split as large ones are: one row, one block a split, and two of them.
+@pytest.mark.interpreter
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 8), (9, 33), (17, 31)])
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
+def test_triton(small_blocks, size, slope):
+    (x, gamma, beta), gradient = problem(2, 3, size, torch.float32)
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (x, gamma, beta)]
+    if size == (1, 1):  # torch refuses to normalise a single value, of which only beta is left
+        expected = F.leaky_relu(leaves[2][..., None, None] + 0 * leaves[0] + 0 * leaves[1][..., None, None], slope)
+    else:
+        expected = dense(*leaves, 1e-5, slope)
+    got = triton_results(small_blocks, x, gamma, beta, gradient, slope)
+    for g, w in zip(got, [expected, *torch.autograd.grad(expected, leaves, gradient.double())], strict=True):
+        assert (g.double() - w).norm() <= TOLERANCE[torch.float32] * w.norm()
+
+
+@pytest.mark.interpreter
+def test_triton_has_the_same_bits_beside_other_experiments(small_blocks):
+    (x, gamma, beta), gradient = problem(3, 2, (9, 33), torch.float32)
+    together = triton_results(small_blocks, x, gamma, beta, gradient, 0.2)
+    alone = triton_results(small_blocks, *(t[1:2] for t in (x, gamma, beta, gradient)), 0.2)
+    assert all(torch.equal(a, t[1:2]) for a, t in zip(alone, together, strict=True))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("size", [(8, 8), (17, 31)])
+def test_triton_keeps_the_variance_beside_a_large_mean(small_blocks, size):
+    (x, gamma, beta), gradient = problem(1, 2, size, torch.float32, offset=100.0)
+    y, *_ = triton_results(small_blocks, x, gamma, beta, gradient, 1.0)
+    expected = dense(x.double(), gamma.double(), beta.double(), 1e-5, 1.0)
+    # As for the CPU: a float of 100 has digits down to 8e-6.
+    assert (y.double() - expected).norm() <= 2e-5 * expected.norm()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch, poisoned):
+    kernel = pytest.importorskip("sparse_gen.kernels.norm_act", reason="triton is not installed")
+    monkeypatch.setattr(kernel, "ROW", 64)
+    monkeypatch.setattr(kernel, "MAX_SPLITS", 5)
+    return kernel
+
+
+def triton_results(kernel, *tensors_and_slope):
+    """Output and gradients by x, gamma and beta."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    *tensors, slope = tensors_and_slope
+    x, gamma, beta, gradient = (t.detach().contiguous().to(device) for t in tensors)
+    y, mean, rstd = kernel.norm_act(x, gamma, beta, 1e-5, slope)
+    gradients = kernel.norm_act_backward(gradient, x, gamma, beta, mean, rstd, slope)
+    return [t.cpu() for t in (y, *gradients)]
+
+
+@pytest.mark.aot
+def test_triton_compiles_for_sm_90_without_spills():
+    kernel = pytest.importorskip("sparse_gen.kernels.norm_act", reason="triton is not installed")
+    scalars, options = {"eps": "fp32", "slope": "fp32"}, {"num_warps": 8}
+    split = {"BLOCK": kernel.ROW, "SPLITS": kernel.MAX_SPLITS}
+    steps = {"BLOCK": kernel.ROW, "STEPS": 4}
+    compiled = compile_for_sm_90(
+        "norm_act",
+        [
+            ("_row_kernel", scalars, {"BLOCK": kernel.ROW}, options),
+            ("_moments_kernel", scalars, steps, options),
+            ("_apply_kernel", scalars, split | {"SPAN": kernel.ROW}, options),
+            ("_gradient_sums_kernel", scalars, steps, options),
+            ("_gradient_kernel", scalars, split | {"WHOLE": False}, options),
+            ("_gradient_kernel", scalars, split | {"WHOLE": True}, options),
+        ],
+    )
+    for code in compiled:
+        # Shared memory joins eight warps' sums; 96 registers leave room for two programs of 256 threads.
+        code.assert_within(shared=256, registers=96)

@@ -1,0 +1,167 @@
+"""Triton twin of `sparse_gen.ops.masked_conv2d`: an implicit product of matrices, pixels × (channels, taps) × outputs.
+
+The loop runs over blocks of channels and, inside, over taps: a tap's neighbours then come out of the L1 cache, the
+image's as well as the weight's. Where pixels and outputs make too few programs for a GPU, the loop is split, and the
+parts are added in a second kernel; without atomics the same bits come out each time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from sparse_gen.kernels.gather import Geometry, load_image, multiply
+from sparse_gen.kernels.masked_conv2d_gradients import input_gradient, weight_gradient
+from sparse_gen.kernels.splits import add_splits, column_moments, precision_of_torch, split, tile
+
+
+@triton.jit
+def _forward_kernel(
+    p_x,  # pointer to x, shape (E, channels, height, width)
+    p_weight,  # pointer to weights, shape (E, out_channels, channels, KERNEL_H, KERNEL_W)
+    p_bias,  # pointer to biases, shape (E, out_channels); not read unless BIAS
+    p_affine,  # pointer to mean, gamma * rstd and beta, shape (3, E, channels); not read unless AFFINE
+    p_out,  # pointer to output, shape (splits, E, out_channels, out_h * out_w)
+    p_moments,  # pointer to output, shape (E, out_channels, pixel blocks, 2); not written unless MOMENTS
+    slope,
+    experiments,
+    channels,
+    height,
+    width,
+    out_channels,
+    out_h,
+    out_w,
+    iterations,  # of the loop over channel blocks and taps that a split does
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    MODE: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    BOX: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BIAS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # pixels
+    BLOCK_N: tl.constexpr,  # output channels
+    BLOCK_K: tl.constexpr,  # channels
+):
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    i_pixel = tl.program_id(0)
+    i_experiment = (tl.program_id(2) % experiments).to(tl.int64)
+    i_split = tl.program_id(2) // experiments
+    pixels = out_h * out_w
+    o_pixel = i_pixel * BLOCK_P + tl.arange(0, BLOCK_P)
+    m_pixel = o_pixel < pixels
+    o_y = (o_pixel // out_w) * STRIDE - PADDING
+    o_x = (o_pixel % out_w) * STRIDE - PADDING
+    o_out = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_out = o_out < out_channels
+    p_x += i_experiment * channels * height * width
+    p_weight += i_experiment * out_channels * channels * TAPS
+    p_affine += i_experiment * channels
+    last = tl.minimum((i_split + 1) * iterations, tl.cdiv(channels, BLOCK_K) * TAPS)
+
+    b_out = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    for i in range(i_split * iterations, last):
+        i_tap = i % TAPS
+        o_channel = (i // TAPS) * BLOCK_K + tl.arange(0, BLOCK_K)
+        m_channel = o_channel < channels
+        b_x = load_image(
+            p_x + o_channel[None, :] * (height * width),
+            m_pixel[:, None] & m_channel[None, :],
+            (o_y + i_tap // KERNEL_W)[:, None],
+            (o_x + i_tap % KERNEL_W)[:, None],
+            p_affine + o_channel[None, :],
+            m_channel[None, :],
+            experiments * channels,
+            slope,
+            height,
+            width,
+            MODE,
+            UPSAMPLE,
+            BOX,
+            AFFINE,
+        )
+        b_weight = tl.load(
+            p_weight + (o_out[None, :] * channels + o_channel[:, None]) * TAPS + i_tap,
+            mask=m_out[None, :] & m_channel[:, None],
+            other=0.0,
+        )
+        b_out = multiply(b_x, b_weight, b_out, PRECISION)
+
+    if BIAS:
+        b_out += tl.load(p_bias + i_experiment * out_channels + o_out, mask=m_out, other=0.0)[None, :]
+    if MOMENTS:
+        b_mean, b_squares = column_moments(b_out, m_pixel[:, None], tl.minimum(pixels - i_pixel * BLOCK_P, BLOCK_P))
+        p_pair = p_moments + 2 * ((i_experiment * out_channels + o_out) * tl.num_programs(0) + i_pixel)
+        tl.store(p_pair, b_mean, mask=m_out)
+        tl.store(p_pair + 1, b_squares, mask=m_out)
+    p_out += (i_split * experiments + i_experiment) * out_channels * pixels
+    tl.store(p_out + o_out[None, :] * pixels + o_pixel[:, None], b_out, mask=m_pixel[:, None] & m_out[None, :])
+
+
+def convolve(x, weight, bias, geometry: Geometry, *, affine=None, slope=1.0, moments=False, precision="tf32"):
+    """Convolve with everything that can be done on load and on store.
+
+    Args:
+        x: (E, channels, H, W), float32, contiguous like all others.
+        weight: (E, out, channels, kernel_h, kernel_w).
+        bias: (E, out), or None.
+        geometry: padding, resampling and stride.
+        affine: (3, E, channels), mean, gamma / √(variance + eps) and beta of the BN that x goes through first, or None.
+        slope: of the LeakyReLU behind that BN.
+        moments: whether mean and sum of squared deviations of the output's blocks are wanted as well.
+        precision: "ieee", "tf32" or "bf16".
+
+    Returns:
+        The output, (E, out, H', W'), and the moments, (E, out, blocks, 2) of `moments_span` pixels a block, or None.
+    """
+    experiments, out_channels, channels = weight.shape[:3]
+    height, width = geometry.output(x)
+    blocks = tile(height * width, out_channels, channels, precision, geometry.gathers)
+    grid = triton.cdiv(height * width, blocks["BLOCK_P"]), triton.cdiv(out_channels, blocks["BLOCK_N"])
+    total = triton.cdiv(channels, blocks["BLOCK_K"]) * geometry.kernel_h * geometry.kernel_w
+    splits, iterations = split(grid[0] * grid[1], total)
+    pairs = x.new_empty(experiments, out_channels, grid[0], 2) if moments else None
+    parts = x.new_empty(splits, experiments, out_channels, height * width)
+    whole = splits == 1
+    _forward_kernel[(*grid, experiments * splits)](
+        x, weight, x if bias is None else bias, x if affine is None else affine, parts, pairs if moments else x,
+        slope, experiments, channels, *x.shape[2:], out_channels, height, width, iterations, **geometry.constants(),
+        AFFINE=affine is not None, BIAS=whole and bias is not None, MOMENTS=whole and moments,
+        PRECISION=precision, **blocks,
+    )  # fmt: skip
+    out = parts[0] if whole else add_splits(parts, bias, pairs, blocks["BLOCK_P"] if moments else 1024)
+    return out.view(experiments, out_channels, height, width), pairs
+
+
+def moments_span(geometry: Geometry, x: torch.Tensor, weight: torch.Tensor, precision: str = "tf32") -> int:
+    """How many pixels share one pair of `convolve`'s moments."""
+    height, width = geometry.output(x)
+    return tile(height * width, weight.shape[1], weight.shape[2], precision, geometry.gathers)["BLOCK_P"]
+
+
+def masked_conv2d(x, weight, bias, stride, padding, mode, upsample, pool, _layout):
+    geometry = Geometry.of(weight.shape[3:], stride, padding, mode, upsample, pool)
+    out, _ = convolve(x, weight, bias, geometry, precision=precision_of_torch())
+    return F.avg_pool2d(out, 2) if pool and not geometry.box else out
+
+
+def masked_conv2d_backward(
+    grad_out, x, weight, stride, padding, mode, upsample, pool, _layout, needs_grad_x, needs_grad_weight
+):
+    geometry = Geometry.of(weight.shape[3:], stride, padding, mode, upsample, pool)
+    if pool and not geometry.box:
+        convolved = grad_out.new_empty(*grad_out.shape[:2], *geometry.output(x))
+        grad_out = torch.ops.aten.avg_pool2d_backward(
+            grad_out, convolved, [2, 2], [2, 2], [0, 0], False, True, None
+        ).contiguous()
+    precision, empty = precision_of_torch(), x.new_empty(0)
+    return (
+        input_gradient(grad_out, weight, geometry, x.shape, precision) if needs_grad_x else empty,
+        weight_gradient(grad_out, x, geometry, precision=precision) if needs_grad_weight else empty,
+    )
