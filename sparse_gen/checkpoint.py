@@ -90,7 +90,7 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 warnings.warn(f"{error}; the checkpoint before it is used, if any", RuntimeWarning, stacklevel=3)
                 continue
-            _check_same(found, {**identity, **_environment()}, path)
+            _check_same(found, {**_environment(), **identity}, path)  # other threads may also mean another plan
             self._seconds_before[name] = seconds
             return step, tensors, history
         return None
