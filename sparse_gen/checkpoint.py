@@ -142,10 +142,14 @@ class Checkpoints:
         if self._stop_requested and not last:
             raise RunInterrupted(f"stopped after step {step} of the {name}, which is stored in {self.folder}")
 
+    def plan(self, name: str) -> Path:
+        """Where the plan of a "search" or "fit" is kept, which the run needs to go on with the same bits."""
+        return self.folder / f"plan-{name}.json"
+
     def clear(self) -> None:
         """Delete the checkpoints of this folder: the run they belong to is complete."""
         for name in ("search", "fit"):
-            for path in self._newest_first(name):
+            for path in [*self._newest_first(name), self.plan(name)]:
                 path.unlink(missing_ok=True)
 
     def _newest_first(self, name: str) -> list[Path]:

@@ -53,6 +53,11 @@ class CompiledGenerator(nn.Module):
         return len(self.values)
 
     @property
+    def runs_on_the_engine(self) -> bool:
+        """Whether it runs in stages; everything is plain PyTorch otherwise, for the reason that the plan gives."""
+        return self._sparse_run is not None
+
+    @property
     def memory_format(self) -> torch.memory_format:
         """The layout of z that runs without being reordered at every step: ours is row by row, oneDNN's by pixel."""
         return torch.channels_last if self._sparse_run is None else torch.contiguous_format
@@ -232,6 +237,7 @@ def build_run(
     made = Plan(stages, "dead channels left out, resampling folded in", **facts, others=others, calls=calls)
     if isinstance(plan, Plan):
         check_replayed(plan, made)
+        stages = plan.programs  # with the times of the machine that measured them
     memory_here().save()
     timed = tuple(_with_times(s, program, z.dtype) for s, program in zip(stages, programs, strict=True))
     return NetworkRun(programs, z.shape[1:]), dataclasses.replace(made, programs=timed)
@@ -261,7 +267,7 @@ def _chooser(plan: Plan | str | None, program: int, dtype: torch.dtype) -> Choos
 
 def _with_times(stages: tuple[Stage, ...], program: Program, dtype: torch.dtype) -> tuple[Stage, ...]:
     known = {stage.name: known_time(stage, layout, dtype) for stage, layout in program.convolutions.values()}
-    return tuple(dataclasses.replace(stage, ms=known.get(stage.name)) for stage in stages)
+    return tuple(s if s.ms is not None else dataclasses.replace(s, ms=known.get(s.name)) for s in stages)
 
 
 def _choose_weights(mask, network, layout, initial, keep, weights):

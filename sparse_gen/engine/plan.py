@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,6 +172,15 @@ class Plan:
         write_json(path, self.plain())
 
     @classmethod
+    def to_go_on_with(cls, stored: Path, wanted: Plan | str | None) -> Plan | str | None:
+        """What an interrupted run went by, where it is stored and nothing else is asked for.
+
+        Raises:
+            OSError, ValueError: as `load`.
+        """
+        return cls.load(stored) if wanted in (None, "measure") and stored.is_file() else wanted
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read what `save` wrote.
 
@@ -251,7 +261,8 @@ def _dense_positions(conv: Conv, input_shape: tuple[int, ...]) -> int:
 
 def others_of(graph: Graph, program: Program) -> tuple[tuple[Other, ...], tuple[str, ...]]:
     """`Plan.others` and `Plan.calls` of a program."""
-    kinds = Counter(kind_of(node, graph) for value, node in enumerate(graph.nodes, start=1) if program.compaction.live(value))
+    live = [node for value, node in enumerate(graph.nodes, start=1) if program.compaction.live(value)]
+    kinds = Counter(kind_of(node, graph) for node in live)
     plain_calls = [node for node in graph.nodes if isinstance(node.op, Call) and not plain_weight(node, graph)]
     calls = Counter(_call_name(node.op) for node in plain_calls)
     plain = [f"{name} ×{count}" if count > 1 else name for name, count in calls.items()]
