@@ -90,7 +90,7 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 warnings.warn(f"{error}; the checkpoint before it is used, if any", RuntimeWarning, stacklevel=3)
                 continue
-            _check_same(found, {**identity, **_environment()}, path)
+            _check_same(found, {**_environment(), **identity}, path)  # other threads may also mean another plan
             self._seconds_before[name] = seconds
             return step, tensors, history
         return None
@@ -142,10 +142,14 @@ class Checkpoints:
         if self._stop_requested and not last:
             raise RunInterrupted(f"stopped after step {step} of the {name}, which is stored in {self.folder}")
 
+    def plan(self, name: str) -> Path:
+        """Where the plan of a "search" or "fit" is kept, which the run needs to go on with the same bits."""
+        return self.folder / f"plan-{name}.json"
+
     def clear(self) -> None:
         """Delete the checkpoints of this folder: the run they belong to is complete."""
         for name in ("search", "fit"):
-            for path in self._newest_first(name):
+            for path in [*self._newest_first(name), self.plan(name)]:
                 path.unlink(missing_ok=True)
 
     def _newest_first(self, name: str) -> list[Path]:

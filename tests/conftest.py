@@ -15,6 +15,14 @@ if os.environ.get("CI"):
     settings.load_profile("repeatable")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """Measured layouts neither come from the user's cache nor go there; processes that tests start share ours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSE_GEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def instruction_set(request, monkeypatch):
     """Runs a test once for every instruction set that this machine has and the library was built for."""

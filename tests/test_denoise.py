@@ -49,7 +49,7 @@ def run(clean, tmp_path_factory):
 
 def test_every_file_is_there_and_nothing_else(run):
     folder, result, _ = run
-    names = {"restored.png", "noisy.png", "report.png", "metrics.json", "mask.safetensors", "config.yaml"}
+    names = {"restored.png", "noisy.png", "report.png", "metrics.json", "mask.safetensors", "config.yaml", "plan.json"}
     assert set(os.listdir(folder)) == names
     assert set(result.files) == {folder / name for name in names}
 
@@ -164,7 +164,7 @@ def test_without_sigma_the_image_is_the_measurement(clean, tmp_path):
     unknown = ("psnr_noisy", "psnr_masked_untrained", "psnr", "psnr_oracle_peak", "psnr_oracle_peak_step", "ssim")
     assert [result.metrics[name] for name in unknown] == [None] * 6
     assert not (tmp_path / "out" / "noisy.png").exists()
-    assert len(result.files) == len(os.listdir(tmp_path / "out")) == 5
+    assert len(result.files) == len(os.listdir(tmp_path / "out")) == 6
 
 
 def test_no_noise_at_all_has_no_finite_psnr(clean, tmp_path):

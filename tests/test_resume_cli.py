@@ -20,7 +20,7 @@ from sparse_gen.cli.signals import Interrupted, stop_on_signal
 from sparse_gen.experiments.config import DenoiseConfig
 
 SETTINGS = {"density": 0.6, "depth": 2, "channels": [4, 6], "search_steps": 12, "steps": 25, "every": 1, "threads": 1}
-RESULTS = {"restored.png", "noisy.png", "report.png", "metrics.json", "mask.safetensors", "config.yaml"}
+RESULTS = {"restored.png", "noisy.png", "report.png", "metrics.json", "mask.safetensors", "config.yaml", "plan.json"}
 TIMES = ("seconds_search", "seconds_fit")
 
 

@@ -8,6 +8,7 @@ from problems import SIZE, problem, small_net
 
 import sparse_gen as sg
 from sparse_gen.masks.connectivity import probe_connectivity
+from sparse_gen.ops.extension import status
 
 
 def search(net=None, seed=0, **arguments):
@@ -69,6 +70,41 @@ def test_several_experiments_are_several_runs():
             assert torch.equal(together.mask.tensors[name][e], keep)
             assert torch.equal(together.logits[name][e], alone.logits[name])
         assert torch.equal(together.history["loss"][:, e], alone.history["loss"][:, 0])
+
+
+@pytest.mark.parametrize("prunable", ["conv_weights", "all", ["head.weight", "decoder.0.conv.1.weight"]])
+@may_disconnect
+@pytest.mark.parametrize("arguments", [{}, {"skip_channels": 2, "upsample": "bilinear"}])
+def test_the_engine_searches_as_plain_pytorch_does(prunable, arguments):
+    z, y, _ = (tensor.double() for tensor in problem())
+    net = small_net(**arguments).double()
+    density = 0.95 if isinstance(prunable, list) else 0.2
+    ours, reference = (
+        sg.search_mask(net, z, y, density=density, steps=10, every=1, prunable=prunable, lr=0.05, engine=engine)
+        for engine in ("auto", "reference")
+    )
+    # Of a convolution's bias in front of a normalisation the gradient is rounding, of which Adam makes whole steps.
+    no_bias = [name for name in ours.logits if not name.endswith("bias") or name == "head.bias"]
+    for name in no_bias:
+        torch.testing.assert_close(ours.logits[name], reference.logits[name], rtol=0, atol=1e-9)
+    torch.testing.assert_close(ours.history["loss"], reference.history["loss"], rtol=1e-12, atol=0)
+    assert {stage.kernel for stage in reference.plan.stages} == {"PyTorch"}
+    if status().available:
+        assert "PyTorch" not in {stage.kernel for stage in ours.plan.stages}
+
+
+@pytest.mark.skipif(not status().available, reason="no compiled library, so that there is one plan only")
+def test_a_search_takes_a_plan_and_gives_it_back(tmp_path):
+    chosen = search(plan="rule").plan.replace({"decoder.0.conv.1": "taps"})
+    chosen.save(tmp_path / "plan.json")
+    first, again = search(plan=chosen), search(plan=tmp_path / "plan.json")
+    assert first.plan.layouts == again.plan.layouts == chosen.layouts
+    assert torch.equal(first.history["loss"], again.history["loss"])
+    with pytest.raises(ValueError, match="expected one of this network, mask and size"):
+        search(small_net(channels=(4, 6)), plan=chosen)
+    with pytest.raises(ValueError, match="which has plan = "):
+        for plan in ("rule", chosen):
+            search(plan=plan, checkpoints=sg.Checkpoints(tmp_path, resume=True))
 
 
 def test_prunable_names_and_functions():

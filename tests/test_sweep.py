@@ -152,13 +152,13 @@ def test_what_is_measured_is_what_the_library_gives(plan_file, unkilled, one_thr
         z = sg.noise_input(32, (24, 28), seed=1)
         net = sg.generators.Hourglass(channels=(4, 6), depth=2, seed=1)
         found = rows[e.key]["results"]
-        steps, stop, module = 24, None, net
+        steps, stop, module = 24, None, sg.compile(net, None, z, plan="rule")
         if e.method == "OES":
-            mask = sg.search_mask(net, z, y, density=0.5, steps=8, seed=1, every=4).mask
+            mask = sg.search_mask(net, z, y, density=0.5, steps=8, seed=1, every=4, plan="rule").mask
             assert found["psnr_masked_untrained"] == sg.fitting.psnr(sg.masked_output(net, z, mask), clean).item()
-            steps, module = 16, sg.compile(net, mask, z)
+            steps, module = 16, sg.compile(net, mask, z, plan="rule")
         elif e.method == "random":
-            module = sg.compile(net, random_mask(net, 0.5, seed=1), z)
+            module = sg.compile(net, random_mask(net, 0.5, seed=1), z, plan="rule")
         run = sg.fit(module, z, y, steps=steps, lr=1e-2, clean=clean, stop=stop, every=4, seed=1)
         curve = [*run.history["psnr"][:, 0].tolist(), sg.fitting.psnr(run.image, clean).item()]
         assert found["psnr_noisy"] == sg.fitting.psnr(y, clean).item()

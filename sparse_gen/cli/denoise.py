@@ -15,6 +15,7 @@ from sparse_gen.cli.errors import describe, one_line_errors
 from sparse_gen.cli.signals import Interrupted, stop_on_signal
 from sparse_gen.cli.times import format_seconds
 from sparse_gen.experiments.config import DenoiseConfig
+from sparse_gen.experiments.denoise import PLANS
 from sparse_gen.experiments.unfinished import FOLDER, is_unfinished, settings_of
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def command(
     seed: Annotated[int | None, _number("seed", "Seed of noise, network, network input and search.")] = None,
     device: Annotated[str | None, _option("device", "cpu, cuda, cuda:1, ... or auto.", "auto")] = None,
     threads: Annotated[int | None, _number("threads", "CPU threads; the bits depend on it.", "PyTorch's")] = None,
+    engine: Annotated[str | None, _option("engine", "auto, or reference: everything as plain PyTorch.", "auto")] = None,
     depth: Annotated[int | None, _number("depth", "Scales of the network.", "the deepest that fits")] = None,
     config: Annotated[
         Path | None,
@@ -116,10 +118,12 @@ def command(
         "seed": seed,
         "device": device,
         "threads": threads,
+        "engine": engine,
         "depth": depth,
         "force": force or None,
     }
-    settings = merge_settings({} if config is None else _read(config), given)
+    file = {} if config is None else _read(config)
+    settings = merge_settings(file, given)
     if output is None and (resume or settings.get("image") is not None):
         raise ValueError("output: expected a folder for the results, got none, add -o DIR")
     if resume:
@@ -128,7 +132,8 @@ def command(
         settings = merge_settings(settings_of(output).plain(), settings)
     elif settings.get("image") is None:
         raise ValueError("image: expected a PNG, JPEG or TIFF file, got none, name one or a --config that does")
-    _run(DenoiseConfig.from_mapping(settings), output, overwrite, resume, checkpoint_seconds)
+    plans = None if config is None or not _changes_nothing(file, given) else config.with_name(PLANS)
+    _run(DenoiseConfig.from_mapping(settings), output, overwrite, resume, checkpoint_seconds, plans)
 
 
 def _read(config: Path) -> dict[str, Any]:
@@ -145,7 +150,19 @@ def merge_settings(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     return merged
 
 
-def _run(config: DenoiseConfig, output: Path, overwrite: bool, resume: bool, checkpoint_seconds: float) -> None:
+def _changes_nothing(file: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether the plan that a run left beside its settings is still one of these settings."""
+    return all(file.get(name) == value for name, value in given.items() if value is not None and name != "force")
+
+
+def _run(
+    config: DenoiseConfig,
+    output: Path,
+    overwrite: bool,
+    resume: bool,
+    checkpoint_seconds: float,
+    plans: Path | None,
+) -> None:
     from rich.console import Console
 
     from sparse_gen.checkpoint import Checkpoints
@@ -163,6 +180,7 @@ def _run(config: DenoiseConfig, output: Path, overwrite: bool, resume: bool, che
             config,
             output,
             overwrite=overwrite,
+            plans=plans if plans is not None and plans.is_file() and not resume else None,
             checkpoints=checkpoints,
             on_start=lambda start: _print_start(console, start, config),
             progress=bars,

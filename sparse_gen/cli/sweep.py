@@ -57,6 +57,10 @@ def run(
     ] = None,
     retries: Annotated[int, typer.Option(help="Times that a crashed experiment is tried again.")] = 2,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try those again that failed before.")] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="auto, or reference: plain PyTorch. Default: that of the plan, or auto.", show_default=False),
+    ] = None,
     checkpoint_seconds: Annotated[
         float, typer.Option(help="Store where each experiment is this often.", metavar="NUMBER")
     ] = 60,
@@ -71,6 +75,7 @@ def run(
     if output is None:
         raise ValueError("output: expected a folder for the results, got none, add -o DIR")
     todo = SweepFolder.open(output).plan if plan is None else Plan.load(plan)
+    todo = todo if engine is None else todo.replace(engine=engine)
     again = f"go on with: sparse-gen sweep run -o {shlex.quote(str(output))}"
     stop = Event()
     with stop_on_signal(stop.set) as received:

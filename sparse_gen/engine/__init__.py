@@ -2,6 +2,7 @@
 
 from sparse_gen.engine.analyse import StageAnalysis, analyse
 from sparse_gen.engine.compile import CompiledGenerator, compile
+from sparse_gen.engine.plan import Plan
 from sparse_gen.engine.stack import Stack, stack
 
-__all__ = ["CompiledGenerator", "Stack", "StageAnalysis", "analyse", "compile", "stack"]
+__all__ = ["CompiledGenerator", "Plan", "Stack", "StageAnalysis", "analyse", "compile", "stack"]

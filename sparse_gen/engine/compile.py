@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from copy import deepcopy
 from math import prod
 
@@ -11,11 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_gen.engine.checks import check_input
 from sparse_gen.engine.functional import run_experiments, training_copy
+from sparse_gen.engine.graph import Graph
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.layouts import candidates
 from sparse_gen.engine.lower import lower
-from sparse_gen.engine.plan import Plan, plan_stages
-from sparse_gen.engine.program import Program
+from sparse_gen.engine.measure import known_time, machine, measured_layout, memory_here
+from sparse_gen.engine.plan import Plan, Stage, engine_stages, others_of, reference_stages
+from sparse_gen.engine.profile import profile
+from sparse_gen.engine.program import Choose, Program
+from sparse_gen.engine.replay import Replay, check_replayed
 from sparse_gen.engine.run import NetworkRun
 from sparse_gen.engine.stack import Stack, initial_weights, template
 from sparse_gen.ops.extension import status
@@ -47,6 +53,11 @@ class CompiledGenerator(nn.Module):
         return len(self.values)
 
     @property
+    def runs_on_the_engine(self) -> bool:
+        """Whether it runs in stages; everything is plain PyTorch otherwise, for the reason that the plan gives."""
+        return self._sparse_run is not None
+
+    @property
     def memory_format(self) -> torch.memory_format:
         """The layout of z that runs without being reordered at every step: ours is row by row, oneDNN's by pixel."""
         return torch.channels_last if self._sparse_run is None else torch.contiguous_format
@@ -56,6 +67,23 @@ class CompiledGenerator(nn.Module):
         sizes = [prod(shape) for shape in self._layout.shapes.values()]
         kernels = torch.tensor([len(shape) == 4 for shape in self._layout.shapes.values()])
         return kernels.repeat_interleave(torch.tensor(sizes)).to(self._index.device)[self._index]
+
+    def profile(self, z: torch.Tensor | None = None, rounds: int = 5) -> Plan:
+        """The plan with the milliseconds of every stage, forward and backward, measured in whole steps.
+
+        Args:
+            z: (E, C, H, W) of the example input's size, which serves by default; one experiment runs.
+            rounds: steps, of which the median counts.
+
+        Raises:
+            ValueError: it runs as plain PyTorch, where there are no stages to measure, or z has another size.
+        """
+        z = self._example_input if z is None else z
+        if self._sparse_run is None:
+            raise ValueError(f"expected a network that runs in stages to profile, got one of which {self.plan.reason}")
+        if not self._sparse_run.takes(z):
+            raise ValueError(f"expected z of the size it was compiled for, got {tuple(z.shape)}")
+        return profile(self.plan, self._sparse_run.programs[0], self.values.detach()[0], z[:1], rounds)
 
     def _dense(self) -> dict[str, torch.Tensor]:
         zeros = self.values.new_zeros(self.experiments, self._layout.numel)
@@ -106,7 +134,13 @@ def _set_running_statistics(module: nn.Module, z: torch.Tensor) -> None:
 
 
 def compile(
-    network: nn.Module, mask=None, example_input=None, *, weights: str | None = None, engine: str = "auto"
+    network: nn.Module,
+    mask=None,
+    example_input=None,
+    *,
+    weights: str | None = None,
+    engine: str = "auto",
+    plan: Plan | str | os.PathLike[str] | None = None,
 ) -> CompiledGenerator:
     """Turn a network and a mask into a module with the same outputs that trains only the kept weights.
 
@@ -118,6 +152,9 @@ def compile(
             where the two differ.
         engine: "auto" runs masked convolutions on the sparse operators where those are the faster ones (on the CPU),
             "reference" everything as plain PyTorch.
+        plan: how each convolution runs. "measure" (or None): the fastest of a short measurement, which the machine
+            remembers; "rule": by density alone, the same on every machine; a `Plan`, or the path of one that was
+            saved: exactly that.
 
     Returns:
         `CompiledGenerator`, whose `parameters()` are the kept values, (E, kept).
@@ -125,7 +162,8 @@ def compile(
     Raises:
         ValueError: the mask belongs to another network (both shapes are listed), it holds an initialisation other
             than the network's and `weights` does not say which to take, experiments keep different numbers of
-            weights, or a normalisation layer is in evaluation mode.
+            weights, or a normalisation layer is in evaluation mode; or the plan is of another network, mask or size.
+        OSError: the plan's file cannot be read.
 
     Ghosh et al., "Optimal Eye Surgeon" (ICML 2024), section 3.2: (mask, θ_in) is trained, not the mask alone.
     """
@@ -156,36 +194,80 @@ def compile(
         )
     index = keep.nonzero()[:, 1].view(len(keep), -1)
     values = initial.expand(experiments, -1).gather(1, index.expand(experiments, -1))
-    kept = {name: int(piece[0].sum()) for name, piece in layout.views(keep).items()}
-    run, kernels, reasons, summary = _network_run(engine, reference, layout, keep, example_input)
-    plan = plan_stages(reference, kept, example_input, kernels, reasons, summary)
+    run, plan = build_run(engine, reference, layout, keep, example_input, plan)
     return CompiledGenerator(network, reference, layout, index, values, example_input, run, plan)
 
 
-def _network_run(engine, network, layout, keep, example_input):
-    """The network on our operators, or None; what computes each convolution; and what is to be said of it all."""
+def build_run(
+    engine: str,
+    network: nn.Module,
+    layout: ParameterLayout,
+    keep: torch.Tensor,
+    z: torch.Tensor,
+    plan: Plan | str | os.PathLike[str] | None = None,
+) -> tuple[NetworkRun | None, Plan]:
+    """A network on our operators, or None where it is to stay plain PyTorch, and its plan.
+
+    Args:
+        engine, plan: as for `compile`.
+        network: from `training_copy`.
+        layout: of the network's parameters, in any order.
+        keep: (1, N) bool, or (E, N) of several masks.
+        z: (E, C, H, W), the example.
+
+    Raises:
+        ValueError, OSError: as `compile`.
+    """
     if engine not in ("auto", "reference"):
         raise ValueError(f"expected engine='auto' or 'reference', got {engine!r}")
+    if isinstance(plan, (str, os.PathLike)) and plan not in ("measure", "rule"):
+        plan = Plan.load(plan)
+    graph, reason = _captured(engine, network, z)
+    views = [layout.views(row.cpu()) for row in keep]
+    facts = {"input_shape": tuple(z.shape[1:]), "dtype": str(z.dtype).removeprefix("torch."), "machine": machine()}
+    if graph is None:
+        stages = tuple(reference_stages(network, kept, z) for kept in views)
+        made = Plan(stages, f"every stage runs as plain PyTorch on masked weights: {reason}", **facts)
+        if isinstance(plan, Plan):
+            check_replayed(plan, made, plain=reason)
+        return None, made
+    programs = [Program(graph, layout, row, _chooser(plan, e, z.dtype)) for e, row in enumerate(keep)]
+    stages = tuple(engine_stages(graph, program, kept) for program, kept in zip(programs, views, strict=True))
+    others, calls = others_of(graph, programs[0])
+    made = Plan(stages, "dead channels left out, resampling folded in", **facts, others=others, calls=calls)
+    if isinstance(plan, Plan):
+        check_replayed(plan, made)
+        stages = plan.programs  # with the times of the machine that measured them
+    memory_here().save()
+    timed = tuple(_with_times(s, program, z.dtype) for s, program in zip(stages, programs, strict=True))
+    return NetworkRun(programs, z.shape[1:]), dataclasses.replace(made, programs=timed)
+
+
+def _captured(engine: str, network: nn.Module, z: torch.Tensor) -> tuple[Graph | None, str]:
+    """The network as a graph, or None and why there is none."""
     if engine == "reference":
-        reason = "as asked"
-    elif example_input.device.type != "cpu":
-        reason = "the sparse operators have no GPU kernels yet"
-    elif not status().available:
-        reason = f"there is no compiled library: {status().reason}"
-    else:
-        try:
-            graph = lower(network, example_input[:1])
-        except Exception as error:  # whatever torch.export cannot capture; it then runs as it did
-            reason = f"it cannot be captured ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-        else:
-            return _programs(graph, layout, keep, example_input.shape[1:])
-    return None, {}, {}, f"every stage runs as plain PyTorch on masked weights: {reason}"
+        return None, "as asked"
+    if z.device.type != "cpu":
+        return None, "the sparse operators have no GPU kernels yet"
+    if not status().available:
+        return None, f"there is no compiled library: {status().reason}"
+    try:
+        return lower(network, z[:1]), ""
+    except Exception as error:  # whatever torch.export cannot capture; it then runs as it did
+        return None, f"it cannot be captured ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
 
 
-def _programs(graph, layout, keep, size):
-    programs = [Program(graph, layout, row, lambda conv, mask: candidates(conv, mask)[0]) for row in keep]
-    summary = "dead channels left out, resampling folded in"
-    return NetworkRun(programs, size), programs[0].layouts, graph.reasons, summary
+def _chooser(plan: Plan | str | None, program: int, dtype: torch.dtype) -> Choose:
+    if isinstance(plan, Plan):
+        return Replay(plan, program)
+    if plan == "rule":
+        return lambda stage: candidates(stage.conv, stage.mask)[0]
+    return lambda stage: measured_layout(stage, dtype)
+
+
+def _with_times(stages: tuple[Stage, ...], program: Program, dtype: torch.dtype) -> tuple[Stage, ...]:
+    known = {stage.name: known_time(stage, layout, dtype) for stage, layout in program.convolutions.values()}
+    return tuple(s if s.ms is not None else dataclasses.replace(s, ms=known.get(s.name)) for s in stages)
 
 
 def _choose_weights(mask, network, layout, initial, keep, weights):

@@ -7,6 +7,7 @@ that it was.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -121,6 +122,15 @@ class Graph:
 
     def shape(self, value: int) -> tuple[int, ...]:
         return self.input_shape if value == 0 else self.nodes[value - 1].shape
+
+    def names(self) -> list[str]:
+        """The nodes' names; the second of two that share a layer is called "name (2)"."""
+        seen: Counter[str] = Counter()
+        names = []
+        for node in self.nodes:
+            seen[node.name] += 1
+            names.append(node.name if seen[node.name] == 1 else f"{node.name} ({seen[node.name]})")
+        return names
 
     def consumers(self) -> list[list[int]]:
         """For each value the numbers of the nodes that read it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,13 +11,13 @@ import torch
 from sparse_gen.engine.compact import Compaction, compact
 from sparse_gen.engine.graph import Call, Concat, Conv, Graph, Norm, Select
 from sparse_gen.engine.layout import ParameterLayout
-from sparse_gen.engine.layouts import make_step
+from sparse_gen.engine.layouts import ConvStage, make_step
 from sparse_gen.engine.slots import Slots
 from sparse_gen.engine.steps import CallStep, ConcatStep, NormHeadStep, NormLoadStep, NormStep, Step
 from sparse_gen.ops.norm_head import MOST_CHANNELS
 
-# Chooses the layout of a convolution from its mask inside the live channels.
-Choose = Callable[[Conv, torch.Tensor], str]
+# Chooses the layout of a convolution.
+Choose = Callable[[ConvStage], str]
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,16 @@ class Program:
 
     Attributes:
         compaction: what is left of every value.
-        layouts: weight's name → how its convolution runs.
+        graph: the whole network.
+        convolutions: value → the convolution that computes it, with its layout.
     """
 
     def __init__(self, graph: Graph, layout: ParameterLayout, keep: torch.Tensor, choose: Choose):
         device = keep.device
         masks = {name: mask.cpu() for name, mask in layout.views(keep).items()}
         self.compaction: Compaction = compact(graph, masks)
-        self.layouts: dict[str, str] = {}
-        self._input_shape = graph.input_shape
+        self.convolutions: dict[int, tuple[ConvStage, str]] = {}
+        self.graph = graph
         self._slots = Slots(int(keep.sum()))
         self._stages: list[_Stage] = []
         place = torch.where(keep, keep.cumsum(0) - 1, -1).cpu()
@@ -77,10 +79,14 @@ class Program:
                 for name in (norm.op.gamma, norm.op.beta):
                     self._slots.add(places[name][into])
                 self._add_weight(node.op, value, into, live, places, None)
-                self.layouts[node.op.weight] = "with its normalisation"
+                self.convolutions[value] = self._conv_stage(graph, number, into, live), "with its normalisation"
                 step, inputs, wanted = NormHeadStep(norm.op), norm.inputs, [into]
             elif isinstance(node.op, Conv):
-                step = self._conv(node.op, value, channels[inputs[0]], live, places, choose)
+                stage = self._conv_stage(graph, number, channels[inputs[0]], live)
+                layout = choose(stage)
+                self.convolutions[value] = stage, layout
+                step, sparse = make_step(layout, node.op, stage.mask)
+                self._add_weight(node.op, value, channels[inputs[0]], live, places, stage.mask if sparse else None)
                 wanted = [channels[inputs[0]]]
             elif isinstance(node.op, Norm):
                 step = NormStep(node.op)
@@ -107,13 +113,12 @@ class Program:
             norm = node.op if isinstance(node.op, Norm) else None
             self._stages.append(_Stage(step or _Identity(), tuple(inputs), selections, slots, value, norm))
 
-    def _conv(self, conv: Conv, value: int, into: torch.Tensor, out: torch.Tensor, places, choose: Choose) -> Step:
-        mask = self.compaction.weights[value][out][:, into]
-        layout = choose(conv, mask)
-        self.layouts[conv.weight] = f"{layout}, pool folded" if conv.pool else layout
-        step, sparse = make_step(layout, conv, mask)
-        self._add_weight(conv, value, into, out, places, mask if sparse else None)
-        return step
+    def _conv_stage(self, graph: Graph, number: int, into: torch.Tensor, out: torch.Tensor) -> ConvStage:
+        conv, (x,) = graph.nodes[number].op, graph.nodes[number].inputs
+        mask = self.compaction.weights[number + 1][out][:, into]
+        biased = conv.bias is not None and bool(self.compaction.biases[number + 1][out].any())
+        changes = x not in self._static_values(graph)
+        return ConvStage(graph.names()[number], conv, mask, graph.shape(x)[1:], changes, biased)
 
     def _add_weight(self, conv: Conv, value: int, into, out, places, sparse: torch.Tensor | None):
         """The weight, whole or (with a mask) its kept values alone, and the bias where it matters."""
@@ -122,6 +127,12 @@ class Program:
         self._slots.add(torch.where(kept, place, -1) if sparse is None else place[sparse])
         if conv.bias is not None and (kept := self.compaction.biases[value][out]).any():
             self._slots.add(torch.where(kept, places[conv.bias][out], -1))
+
+    def with_steps(self, wrap: Callable[[Step], Step]) -> tuple[Program, dict[int, Step]]:
+        """The same program with every step replaced by `wrap(step)`, and these by value."""
+        other = copy(self)
+        other._stages = [replace(stage, step=wrap(stage.step)) for stage in self._stages]
+        return other, {stage.value: stage.step for stage in other._stages}
 
     def _static_values(self, graph: Graph) -> set[int]:
         """Values that depend on z alone: no parameter is on the way."""
@@ -190,7 +201,7 @@ class Program:
         grad_z = None
         if needs_z:
             live = self.compaction.channels[0].to(values.device)
-            grad_z = values.new_zeros(1, *self._input_shape)
+            grad_z = values.new_zeros(1, *self.graph.input_shape)
             if 0 in gradients:
                 grad_z.index_copy_(1, live, gradients[0])
         return self._slots.write(parameter_gradients, values), grad_z

@@ -76,10 +76,14 @@ class _Run(torch.autograd.Function):
             grad, grad_z = program.backward(gradient, ctx.values[e], tape, ctx.given[e], needs_z)
             grads.append(grad)
             grads_z.append(grad_z)
-        grad_values = torch.stack(grads) if needs_values else None
+        grad_values = _stacked(grads) if needs_values else None
         if not needs_z:
             return grad_values, None, None, None
         return grad_values, sum(grads_z) if ctx.shared_z else torch.cat(grads_z), None, None
+
+
+def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def _joined(outputs: list[torch.Tensor]) -> torch.Tensor:

@@ -43,17 +43,19 @@ class Slots:
         used = used[used < self._kept]
         # A parameter that serves in two places has the sum of two gradients.
         self._shared = len(used.unique()) < len(used)
-        # A single span over everything is the vector itself: its gradient needs no copy.
-        self._complete = scattered == [] and not self._shared and len(used) == self._kept and self._ascending()
+        self._order = [] if scattered or self._shared else self._pieces()
         self._index = []
 
-    def _ascending(self) -> bool:
+    def _pieces(self) -> list[int | tuple[int, int]]:
+        """The spans by their place in the vector, as numbers of parameters, and the gaps between them."""
+        pieces: list[int | tuple[int, int]] = []
         position = 0
-        for span in self._ranges:
-            if span[0] != position:
-                return False
-            position = span[1]
-        return True
+        for start, number in sorted((span[0], number) for number, span in enumerate(self._ranges) if span[0] < span[1]):
+            if start > position:
+                pieces.append((position, start))
+            pieces.append(number)
+            position = self._ranges[number][1]
+        return [*pieces, (position, self._kept)] if position < self._kept else pieces
 
     def read(self, values: torch.Tensor) -> list[torch.Tensor]:
         """The parameters, in the order in which they were added, from the kept values (kept,)."""
@@ -68,8 +70,9 @@ class Slots:
 
     def write(self, gradients: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
         """The gradient of the kept values from those of the parameters; None is zero."""
-        if self._complete and None not in gradients:
-            return torch.cat([g.reshape(-1) for g in gradients])
+        if self._order:
+            # Spans alone, as of a mask that keeps everything: one pass over the vector.
+            return torch.cat([self._piece(piece, gradients, like) for piece in self._order])
         total = like.new_zeros(self._kept + 1)
         scattered = []
         for gradient, span, shape in zip(gradients, self._ranges, self._shapes, strict=True):
@@ -84,3 +87,9 @@ class Slots:
             else:
                 total[self._gathered] = flat
         return total[: self._kept]
+
+    def _piece(self, piece: int | tuple[int, int], gradients, like: torch.Tensor) -> torch.Tensor:
+        if isinstance(piece, tuple):
+            return like.new_zeros(piece[1] - piece[0])
+        gradient, (start, end) = gradients[piece], self._ranges[piece]
+        return like.new_zeros(end - start) if gradient is None else gradient.reshape(-1)

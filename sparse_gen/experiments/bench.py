@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sparse_gen as sg
-from sparse_gen.engine.functional import run_experiments, training_copy
+from sparse_gen.engine.functional import training_copy
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.experiments.baselines import (
     TEMPERATURE,
@@ -28,6 +28,7 @@ from sparse_gen.experiments.timing import Times, make_records, timed_round
 from sparse_gen.fitting.optimiser import Optimiser
 from sparse_gen.generators.sizes import deepest_depth
 from sparse_gen.masks.layered import layered_mask
+from sparse_gen.masks.sampled import SampledNetwork
 from sparse_gen.ops.concrete_mask import concrete_mask, concrete_mask_update
 from sparse_gen.ops.philox import Stream, seed_tensor, uniform
 
@@ -43,24 +44,23 @@ class OurSearch:
     """The loop body of `sg.search_mask`."""
 
     def __init__(self, net, z, y, seeds=0):
-        self.network = training_copy(net)
-        self.layout = ParameterLayout.of(self.network)
-        self.z, self.y = z.contiguous(memory_format=torch.channels_last), y
-        self.weight = self.layout.flatten(dict(self.network.named_parameters()))
+        network = training_copy(net)
+        self.layout, self.y = ParameterLayout.of(network), y
+        self.weight = self.layout.flatten(dict(network.named_parameters()))
         self.seed, self.count = seed_tensor(seeds, z.device), 0
+        nothing = ParameterLayout({}), z.new_zeros(1, 0)
+        self.network = SampledNetwork(network, self.layout, *nothing, z, len(self.seed), "auto", None)
         self.logits, self.exp_avg, self.exp_avg_sq = (
             self.weight.new_zeros(len(self.seed), self.layout.numel) for _ in range(3)
         )
-        _, self.masked = concrete_mask(self.logits, self.weight, self.seed, 0, temperature=TEMPERATURE)
+        _, masked = concrete_mask(self.logits, self.weight, self.seed, 0, temperature=TEMPERATURE)
+        self.network.masked_weight.copy_(masked)
 
     def step(self):
-        leaf = self.masked.requires_grad_()
-        output = run_experiments(self.network, self.layout.views(leaf), self.z)
-        (gradient,) = torch.autograd.grad((output - self.y).square().mean(dim=(1, 2, 3)).sum(), leaf)
-        self.masked = leaf.detach()
+        _, gradient = self.network.loss(self.y)
         concrete_mask_update(
-            self.logits, self.exp_avg, self.exp_avg_sq, self.masked, self.weight, gradient, self.seed, self.count,
-            temperature=TEMPERATURE, **SEARCH,
+            self.logits, self.exp_avg, self.exp_avg_sq, self.network.masked_weight, self.weight, gradient, self.seed,
+            self.count, temperature=TEMPERATURE, **SEARCH,
         )  # fmt: skip
         self.count += 1
 

@@ -16,6 +16,7 @@ from sparse_gen.files import write_yaml
 
 PRUNABLE = ("conv_weights", "all")
 GENERATORS = ("hourglass", "skip", "decoder")
+ENGINES = ("auto", "reference")
 STOPS = ("none", "wmv", "emv")
 _HEADING = "Rerun to the same bits with: sparse-gen denoise --config THIS_FILE -o NEW_FOLDER"
 
@@ -58,6 +59,7 @@ class DenoiseConfig:
             generator's own.
         input_channels: channels of the fixed network input z; None takes the generator's own.
         input_scale: z is uniform in [0, input_scale].
+        engine: `"auto"` (the sparse operators where they are there) or `"reference"` (plain PyTorch).
         force: train what is left even where the mask disconnects the network.
 
     Raises:
@@ -93,6 +95,7 @@ class DenoiseConfig:
     channels: tuple[int, ...] | None = None
     input_channels: int | None = None
     input_scale: float = 0.1
+    engine: str = "auto"
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -292,5 +295,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "channels": _optional(_channels),
     "input_channels": _optional(_width),
     "input_scale": _above_zero,
+    "engine": choice(*ENGINES),
     "force": _flag,
 }

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sparse_gen.checkpoint import Checkpoints
     from sparse_gen.experiments.problem import Problem
 
+PLANS = "plan.json"  # of both stages, see `stage_plans`
 PICTURES = ("restored.png", "restored.tif", "noisy.png", "noisy.tif")  # of which a run writes one or two
 FILES = (
     *PICTURES,
@@ -30,6 +31,7 @@ FILES = (
     "metrics.json",
     "mask.safetensors",
     "config.yaml",
+    PLANS,
 )
 # The first step of a loop also allocates, so it is not one of the timed ones.
 _TIMED_STEPS = 4
@@ -83,6 +85,7 @@ def denoise(
     output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    plans: str | os.PathLike[str] | None = None,
     checkpoints: Checkpoints | None = None,
     on_start: Callable[[Start], None] | None = None,
     progress: StageProgress | None = None,
@@ -92,9 +95,11 @@ def denoise(
     Args:
         config: every setting; with `sigma` the photograph is taken as clean, and noise is added.
         output: a new or empty folder for `restored.png`, `noisy.png` (with `sigma`; both `.tif` where the photograph
-            is one of floats), `report.png`, `metrics.json`, `mask.safetensors` and `config.yaml`. They are written
-            at the end, so an interrupted run leaves what was there.
+            is one of floats), `report.png`, `metrics.json`, `mask.safetensors`, `config.yaml` and `plan.json`. They are
+            written at the end, so an interrupted run leaves what was there.
         overwrite: allow a folder that holds files; those named above are replaced or removed.
+        plans: the `plan.json` of a run with these settings, to do it again to the same bits; without it, how each
+            convolution runs is measured, and the bits may differ from those of another session.
         checkpoints: must be of the folder `checkpoints` in `output`. The run's settings and state are stored there,
             it may resume from them, and the folder is removed once the results are written. None stores nothing.
         on_start: called once, before the search, when settings and time are known.
@@ -105,7 +110,7 @@ def denoise(
 
     Raises:
         ValueError: if the image, the device, the depth or the density does not do, or the memory, or if there is
-            nothing to resume, or a run with other settings.
+            nothing to resume, or a run with other settings, or if the plans cannot run here.
         DisconnectedError: if the mask disconnects the network and `config.force` is not set.
         FloatingPointError: if a loss stops being finite; the step is named.
         OSError: if a file cannot be read or written.
@@ -126,8 +131,10 @@ def denoise(
         pose,
         selected_step,
     )
+    from sparse_gen.experiments.stage_plans import read_plans
     from sparse_gen.experiments.stages import last_output, psnr_curve, search, train
 
+    given = {} if plans is None else read_plans(plans)
     device = resolve_device(config.device)
     photograph = read_image(config.image, lambda shape: check_memory(config, shape, device))
     check_same_image(config, photograph)
@@ -171,14 +178,16 @@ def denoise(
             begin(config, checkpoints)
 
         clock = time.perf_counter()
-        found = search(problem, config, checkpoints=checkpoints, progress=progress)
+        found = search(problem, config, plan=given.get("search"), checkpoints=checkpoints, progress=progress)
         seconds_search = time.perf_counter() - clock + _seconds_before(checkpoints, "search")
         check_connected(found, config)
         untrained = sg.masked_output(problem.net, problem.z, found.mask)
 
         clock = time.perf_counter()
         rule = make_rule(config)
-        run = train(problem, found.mask, config, rule=rule, checkpoints=checkpoints, progress=progress)
+        run = train(
+            problem, found.mask, config, rule=rule, plan=given.get("fit"), checkpoints=checkpoints, progress=progress
+        )
         seconds_fit = time.perf_counter() - clock + _seconds_before(checkpoints, "fit")
 
         curve = None
@@ -234,7 +243,8 @@ def _estimate_seconds(problem: Problem, config: DenoiseConfig, done: tuple[str, 
 
     short = config.replace(search_steps=_TIMED_STEPS, steps=_TIMED_STEPS, every=1, rings=None, force=False)
     mask = search(problem, short, progress=note).mask
-    train(dataclasses.replace(problem, clean=None), mask, short, progress=note)
+    # The mask of a few steps is not the run's: what is measured of it would serve nobody.
+    train(dataclasses.replace(problem, clean=None), mask, short, plan="rule", progress=note)
     left = {"search": config.search_steps, "fit": config.steps}
     if done is not None:
         stage, steps = done
@@ -292,6 +302,7 @@ def _provenance(start: Start) -> dict[str, Any]:
 def _write(folder: Path, photograph, problem, untrained, found, run, curve, config, metrics) -> list[Path]:
     from sparse_gen.experiments.images import write_image
     from sparse_gen.experiments.report import Report, draw_report
+    from sparse_gen.experiments.stage_plans import write_plans
 
     pictures = {f"restored{photograph.suffix}": run.image}
     if config.sigma is not None:
@@ -300,6 +311,7 @@ def _write(folder: Path, photograph, problem, untrained, found, run, curve, conf
         write_image(folder / name, pixels, like=photograph)
     found.mask.save(folder / "mask.safetensors")
     config.save(folder / "config.yaml")
+    write_plans(folder / PLANS, found.plan, run.module.plan)
     write_json(folder / "metrics.json", metrics)
     report = Report(
         title=_title(photograph.path.name, config, metrics),

@@ -23,7 +23,7 @@ from sparse_gen.files import write_yaml
 
 KINDS = ("oes", "dense", "random")
 _LISTS = ("images", "sigmas", "densities", "seeds")
-_COMMON = ("budget", "every", "clip", "device", "threads", "force")
+_COMMON = ("budget", "every", "clip", "device", "threads", "engine", "force")
 _GENERATOR = ("generator", "depth", "channels", "input_channels", "input_scale")
 _TRAINING = (
     "method", "lr", "stop", "stop_window", "stop_patience", "stop_alpha", "run_on", "average", "input_jitter",
@@ -93,7 +93,8 @@ class Plan:
         densities: kept fractions; methods that keep everything ignore them.
         seeds: each of noise, network, input and search.
         budget: steps of every experiment, those of its search included.
-        every, clip, device, threads, force: as in `DenoiseConfig`, for all; threads are those of one experiment.
+        every, clip, device, threads, engine, force: as in `DenoiseConfig`, for all; threads are those of one
+            experiment.
 
     Raises:
         ValueError: naming the entry, what was expected, what came and what to do.
@@ -110,6 +111,7 @@ class Plan:
     clip: bool = True
     device: str = "auto"
     threads: int | None = None
+    engine: str = "auto"
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -195,7 +197,7 @@ class Plan:
                 seed=seed,
                 device=device or self.device,
                 rings=None,
-                **{key: getattr(self, key) for key in ("every", "clip", "threads", "force")},
+                **{key: getattr(self, key) for key in ("every", "clip", "threads", "engine", "force")},
                 **self.generators[generator],
                 **options,
                 steps=self.budget,

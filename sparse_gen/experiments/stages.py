@@ -10,6 +10,7 @@ import torch
 
 import sparse_gen as sg
 from sparse_gen.checkpoint import Checkpoints
+from sparse_gen.engine import Plan
 from sparse_gen.experiments.config import DenoiseConfig
 from sparse_gen.experiments.problem import Problem
 from sparse_gen.fitting import FitResult
@@ -21,10 +22,11 @@ def search(
     problem: Problem,
     config: DenoiseConfig,
     *,
+    plan: Plan | str | None = None,
     checkpoints: Checkpoints | None = None,
     progress: StageProgress | None = None,
 ) -> sg.SearchResult:
-    """Search the mask of a configuration.
+    """Search the mask of a configuration, with a plan as for `sg.compile`.
 
     Raises:
         As `search_mask`.
@@ -51,6 +53,8 @@ def search(
             recipe=recipe_of(config),
             checkpoints=checkpoints,
             progress=_as_stage("search", progress),
+            engine=config.engine,
+            plan=plan,
         )
 
 
@@ -60,13 +64,22 @@ def train(
     config: DenoiseConfig,
     *,
     rule=None,
+    plan: Plan | str | None = None,
     checkpoints: Checkpoints | None = None,
     progress: StageProgress | None = None,
 ) -> FitResult:
-    """Train what a mask keeps (None: everything) with the steps and options of a configuration."""
+    """Train what a mask keeps (None: everything) with a configuration's steps and options; `plan` as for `compile`."""
     net, z = problem.net, problem.z
+    if checkpoints is not None and checkpoints.resume:
+        plan = Plan.to_go_on_with(checkpoints.plan("fit"), plan)
+    module = sg.compile(net, mask=mask, example_input=z, engine=config.engine, plan=plan)
+    if checkpoints is not None:
+        checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        module.plan.save(checkpoints.plan("fit"))
+    if mask is None and not module.runs_on_the_engine:
+        module = net  # the same without a vector of parameters in between
     return sg.fit(
-        net if mask is None else sg.compile(net, mask=mask, example_input=z),
+        module,
         z,
         problem.noisy,
         steps=config.steps,
@@ -85,8 +98,9 @@ def train(
 
 def last_output(run: FitResult, z: torch.Tensor) -> torch.Tensor:
     """The output after the last update, which a rule or an average need not have selected."""
+    memory_format = getattr(run.module, "memory_format", torch.channels_last)  # as in `fit`, for the same bits
     with torch.no_grad():
-        return run.module(z.contiguous(memory_format=torch.channels_last))  # as in `fit`, for the same bits
+        return run.module(z.contiguous(memory_format=memory_format))
 
 
 def psnr_curve(run: FitResult, last: torch.Tensor, clean: torch.Tensor, steps: int) -> tuple[list[int], list[float]]:

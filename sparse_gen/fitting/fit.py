@@ -127,7 +127,7 @@ def fit(
         if stop is not None and not hasattr(stop, "state"):
             raise ValueError(f"expected a rule of sparse_gen.stop beside checkpoints, got {type(stop).__name__}")
         # Another plan adds up in another order.
-        settings["plan"] = [s.kernel for s in module.plan.stages] if compiled else None
+        settings["plan"] = module.plan.layouts if compiled else None
         inputs = [z, y, *module.parameters(), *([] if clean is None else [clean])]
         settings["inputs"] = fingerprint(*inputs)
         restored = checkpoints.load("fit", settings)

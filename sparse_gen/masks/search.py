@@ -5,20 +5,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sparse_gen.checkpoint import Checkpoints, fingerprint
-from sparse_gen.engine.checks import check_count, check_input, check_measurement, check_output, check_positive
+from sparse_gen.engine.checks import check_count, check_input, check_measurement, check_positive
 from sparse_gen.engine.compile import compile
-from sparse_gen.engine.functional import run_experiments, training_copy
+from sparse_gen.engine.functional import training_copy
 from sparse_gen.engine.layout import ParameterLayout
+from sparse_gen.engine.plan import Plan
 from sparse_gen.engine.stack import Stack, initial_weights, template
 from sparse_gen.history import History
 from sparse_gen.masks.connectivity import DisconnectedMaskWarning, probe_connectivity
 from sparse_gen.masks.mask import Mask
+from sparse_gen.masks.sampled import SampledNetwork
 from sparse_gen.masks.selection import kept_count, prunable_layout, top_k
 from sparse_gen.ops.concrete_mask import concrete_mask, concrete_mask_update, kl_divergence
 from sparse_gen.ops.philox import Stream, seed_tensor, uniform
@@ -49,6 +52,7 @@ class SearchResult:
         connected: False if the masked network's output is constant.
         disconnected_at: the layer from which on it is constant.
         settings: every constant of the search.
+        plan: how the network ran.
         stopped_at: after how many steps the stopping rule ended the search, None if it did not; a list where there
             are several experiments.
         scores: parameter name → what other methods chose by, the largest being kept; shapes as of the logits.
@@ -62,6 +66,7 @@ class SearchResult:
     settings: dict[str, Any] = field(default_factory=dict)
     stopped_at: int | list[int | None] | None = None
     scores: dict[str, torch.Tensor] = field(default_factory=dict)
+    plan: Plan | None = None
 
     def sample_masks(self, count: int, seed: int = 0) -> list[Mask]:
         """Draw masks m ~ Ber(sigmoid(logits)) instead of keeping the largest; their density varies.
@@ -116,6 +121,8 @@ def search_mask(
     recipe: dict | None = None,
     checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
+    engine: str = "auto",
+    plan: Plan | str | PathLike[str] | None = None,
 ) -> SearchResult:
     """Find the weights to keep by learning, for each, the probability that it should be.
 
@@ -143,6 +150,7 @@ def search_mask(
         recipe: plain data stored with the mask beside the network's, such as {"z": …, "noise": …}.
         checkpoints: where to store the search's state and whether to resume from it.
         progress: called with (step, steps, latest values).
+        engine, plan: what runs the network, as for `sg.compile`.
 
     Returns:
         `SearchResult`.
@@ -173,7 +181,6 @@ def search_mask(
     # At density 1 there is nothing to choose, and no prior of 1: the logarithm of its complement is infinite.
     prior = min(prior, 1 - 1e-6) if density == 1 else prior
 
-    z = z.contiguous(memory_format=torch.channels_last)  # oneDNN and cuDNN then convolve without reordering
     seeds = seed_tensor(seed, z.device)
     kept_whole = initial_weights(net, whole).to(z.dtype)
     counts = {"z": len(z), "y": len(y), "seed": len(seeds), "net": len(kept_whole)}
@@ -184,11 +191,14 @@ def search_mask(
     seeds = seeds.expand(experiments).contiguous()
 
     weight = initial_weights(net, layout).to(z.dtype)
+    if checkpoints is not None and checkpoints.resume:
+        plan = Plan.to_go_on_with(checkpoints.plan("search"), plan)
+    sampled = SampledNetwork(network, layout, whole, kept_whole, z, experiments, engine, plan)
     kept_whole = whole.views(kept_whole)
     logits = torch.full((experiments, layout.numel), float(initial_logit), dtype=z.dtype, device=z.device)
     exp_avg, exp_avg_sq = torch.zeros_like(logits), torch.zeros_like(logits)
     weight = weight[0] if len(weight) == 1 else weight
-    _, masked_weight = concrete_mask(logits, weight, seeds, 0, temperature=temperature)
+    sampled.masked_weight.copy_(concrete_mask(logits, weight, seeds, 0, temperature=temperature)[1])
     history = History()
 
     settings.update(
@@ -207,28 +217,26 @@ def search_mask(
     if checkpoints is not None:
         rule = None if stop is None else {"window": stop.window, "tolerance": stop.tolerance}
         identity = {**settings, "every": every, "stop": rule, "inputs": fingerprint(z, y, *net.parameters())}
+        identity["plan"] = sampled.plan.layouts
         restored = checkpoints.load("search", identity)
         if restored is not None:
             start, state, history = restored
             logits, exp_avg, exp_avg_sq, masked_weight = (state.pop(name).to(z.device) for name in _STATE)
+            sampled.masked_weight.copy_(masked_weight)
             if stop is not None:
                 stop.restore({name.removeprefix("stop/"): tensor for name, tensor in state.items()}, z.device)
 
+        sampled.plan.save(checkpoints.plan("search"))
+
     def state() -> dict[str, torch.Tensor]:
-        tensors = dict(zip(_STATE, (logits, exp_avg, exp_avg_sq, masked_weight), strict=True))
+        tensors = dict(zip(_STATE, (logits, exp_avg, exp_avg_sq, sampled.masked_weight), strict=True))
         rule = {} if stop is None else stop.state()
         return tensors | {f"stop/{name}": tensor for name, tensor in rule.items()}
 
     first_bad = torch.tensor(-1, device=z.device)
     over = stop is not None and stop.over
     for step in range(start, start if over else steps):
-        leaf = masked_weight.requires_grad_()
-        output = run_experiments(network, layout.views(leaf) | kept_whole, z)
-        if step == start:
-            check_output(output, y)
-        loss = (output - y).square().mean(dim=(1, 2, 3))
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        masked_weight = leaf.detach()
+        loss, gradient = sampled.loss(y)
         first_bad = torch.where((first_bad < 0) & ~loss.isfinite().all(), step, first_bad)
         if step % every == 0 or step == steps - 1:
             if first_bad >= 0:
@@ -237,7 +245,7 @@ def search_mask(
             if progress is not None:
                 progress(step + 1, steps, history.last())
         concrete_mask_update(
-            logits, exp_avg, exp_avg_sq, masked_weight, weight, gradient, seeds, step, temperature=temperature,
+            logits, exp_avg, exp_avg_sq, sampled.masked_weight, weight, gradient, seeds, step, temperature=temperature,
             kl_weight=kl_weight, prior=prior, lr=lr, betas=betas, eps=eps,
         )  # fmt: skip
         over = stop is not None and stop.update(step, logits, count)
@@ -262,8 +270,9 @@ def search_mask(
     logit_views = layout.views(logits if experiments > 1 else logits[0])
     stopped_at = None if stop is None else stop.stopped_after()
     return SearchResult(
-        mask, logit_views, history, connectivity.connected, connectivity.disconnected_at, settings, stopped_at
-    )
+        mask, logit_views, history, connectivity.connected, connectivity.disconnected_at, settings, stopped_at,
+        plan=sampled.plan,
+    )  # fmt: skip
 
 
 def masked_output(net: nn.Module, z: torch.Tensor, masks: Mask | Sequence[Mask]) -> torch.Tensor:
@@ -286,7 +295,8 @@ def masked_output(net: nn.Module, z: torch.Tensor, masks: Mask | Sequence[Mask])
     if not masks:
         raise ValueError("expected at least one mask, got none")
     with torch.no_grad():
-        outputs = [compile(net, mask, z, weights="net")(z) for mask in masks]
+        # One pass each: nothing that a measurement could repay.
+        outputs = [compile(net, mask, z, weights="net", plan="rule")(z) for mask in masks]
         return torch.stack(outputs).mean(dim=0)
 
 

@@ -57,6 +57,11 @@ def status() -> ExtensionStatus:
     return ExtensionStatus(True, None, build)
 
 
+def library() -> Path | None:
+    """The compiled library's file, None where there is none in use."""
+    return _PACKAGE / status().build["library"] if status().available else None
+
+
 @cache
 def warn_without_extension() -> None:
     """Say once, at first use, that the references are doing the work."""

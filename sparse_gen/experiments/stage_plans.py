@@ -1,0 +1,48 @@
+"""The plans of a run's two stages, as a file beside its settings: with both, a run is done again to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from sparse_gen.engine.plan import Plan
+from sparse_gen.files import write_json
+from sparse_gen.ops.extension import status
+
+STAGES = ("search", "fit")
+
+
+def read_plans(path: str | os.PathLike[str]) -> dict[str, Plan]:
+    """What `write_plans` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or of an instruction set that is not in use here.
+    """
+    content = Path(path).read_bytes()
+    try:
+        data = json.loads(content)
+        plans = {stage: Plan.from_plain(data[stage]) for stage in STAGES}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"plan: expected the plans of a run, got {path}, which is damaged, remove it to measure anew"
+        ) from error
+    here = status().instruction_set
+    for plan in plans.values():
+        there = plan.machine.get("instruction_set")
+        if there != here:
+            raise ValueError(
+                f"plan: expected a run of this machine's {here or 'plain PyTorch'}, got {path} of one with "
+                f"{there or 'plain PyTorch'}, remove it to measure anew, with other bits"
+            )
+    return plans
+
+
+def write_plans(path: str | os.PathLike[str], search: Plan, fit: Plan) -> None:
+    """Write the plans of both stages.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_json(path, {"search": search.plain(), "fit": fit.plain()})
