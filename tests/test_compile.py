@@ -173,7 +173,7 @@ def test_a_layer_that_is_nearly_dense_runs_densely():
     plan = sg.compile(net, mask, z, plan="rule").plan
     if status().available:
         kernels = {stage.name: stage.kernel for stage in plan.stages}
-        assert kernels["decoder.1.conv.1"] == "dense"
+        assert kernels["decoder.1.conv.1"] == "dense taps"
         assert kernels["decoder.2.conv.1"] == "taps"
         assert kernels["head"] == "with its normalisation"
 

@@ -172,7 +172,7 @@ def test_all_candidates_of_a_stage_are_timed(cache, monkeypatch):
     compiled()
     assert seen
     for stage, times in seen:
-        assert list(times) == candidates(stage.conv, stage.mask)
+        assert list(times) == candidates(stage)
         assert min(times.values()) > 0
     assert [stage.needs_gradient for stage, _ in seen] == [False] + [True] * (len(seen) - 1)  # z needs none
 

@@ -261,7 +261,7 @@ def _chooser(plan: Plan | str | None, program: int, dtype: torch.dtype) -> Choos
     if isinstance(plan, Plan):
         return Replay(plan, program)
     if plan == "rule":
-        return lambda stage: candidates(stage.conv, stage.mask)[0]
+        return lambda stage: candidates(stage)[0]
     return lambda stage: measured_layout(stage, dtype)
 
 

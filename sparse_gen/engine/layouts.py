@@ -6,11 +6,17 @@ from typing import NamedTuple
 
 import torch
 
+from sparse_gen.engine.block_steps import BlockConvStep, block_of
+from sparse_gen.engine.dense_steps import CornersConvStep, MaskedConvStep
 from sparse_gen.engine.graph import Conv
-from sparse_gen.engine.steps import DenseConvStep, SparseConvStep, Step, TapConvStep, UpsampledSparseConvStep
+from sparse_gen.engine.steps import SparseConvStep, Step, TapConvStep, UpsampledSparseConvStep
+from sparse_gen.ops.convolution import PADDING_MODES
+from sparse_gen.ops.masked_conv2d_layouts import UPSAMPLE, fastest_layout, why_not
 
 # These hold kept weights alone; the others the whole weight, with zeros.
-KEPT_ALONE = ("sparse", "taps", "upsampled sparse")
+KEPT_ALONE = ("sparse", "taps", "upsampled sparse", "blocks")
+# Layouts with the whole weight, and what `masked_conv2d` calls them.
+DENSE = {"dense": "direct", "dense tiles": "tiles", "dense taps": "taps", "dense gemm": "gemm"}
 # Above this a layer's dense convolution is the faster one.
 DENSEST = 0.5
 
@@ -35,21 +41,30 @@ class ConvStage(NamedTuple):
     biased: bool
 
 
-def candidates(conv: Conv, mask: torch.Tensor) -> list[str]:
-    """The layouts that can run a convolution, the rule's choice first.
-
-    Args:
-        conv: what is computed.
-        mask: its kept weights inside the live channels, (out, in, kh, kw).
-    """
+def candidates(stage: ConvStage) -> list[str]:
+    """The layouts that can run a convolution, the rule's choice first."""
+    conv, density = stage.conv, float(stage.mask.double().mean()) if stage.mask.numel() else 0.0
     if conv.upsample is None:
-        sparse = ["sparse"]
+        kept = ["sparse"]
+        if 0 < density < 1 and block_of(stage.mask) is not None:
+            kept.insert(0, "blocks")
     elif conv.upsample == "nearest":
-        sparse = ["taps", "upsampled sparse"]
+        kept = ["taps", "upsampled sparse"]
     else:
-        sparse = ["upsampled sparse"]
-    dense = ["dense"]
-    return dense + sparse if mask.double().mean() > DENSEST else sparse + dense
+        kept = ["upsampled sparse"]
+    dense = _dense_candidates(stage)
+    return dense + kept if density > DENSEST else kept + dense
+
+
+def _dense_candidates(stage: ConvStage) -> list[str]:
+    conv = stage.conv
+    if conv.upsample == "bilinear_corners":
+        return ["dense"]
+    arguments = (conv.stride, conv.padding, PADDING_MODES.index(conv.padding_mode), UPSAMPLE.index(conv.upsample))
+    shape = (1, *conv.shape)
+    able = [name for name, layout in DENSE.items() if why_not(layout, shape, *arguments, conv.pool) is None]
+    first = fastest_layout(stage.size, (1, *stage.mask.shape), *arguments, conv.pool)
+    return sorted(able, key=lambda name: DENSE[name] != first)
 
 
 def make_step(layout: str, conv: Conv, mask: torch.Tensor) -> tuple[Step, bool]:
@@ -58,11 +73,17 @@ def make_step(layout: str, conv: Conv, mask: torch.Tensor) -> tuple[Step, bool]:
     Raises:
         ValueError: there is no such layout.
     """
-    if layout == "dense":
-        return DenseConvStep(conv), False
-    steps = {"sparse": SparseConvStep, "taps": TapConvStep, "upsampled sparse": UpsampledSparseConvStep}
+    if layout in DENSE:
+        corners = conv.upsample == "bilinear_corners"
+        return CornersConvStep(conv) if corners else MaskedConvStep(conv, DENSE[layout]), False
+    steps = {
+        "sparse": SparseConvStep,
+        "taps": TapConvStep,
+        "upsampled sparse": UpsampledSparseConvStep,
+        "blocks": BlockConvStep,
+    }
     if layout not in steps:
-        raise ValueError(f"expected a layout out of dense, {', '.join(steps)}, got {layout!r}")
+        raise ValueError(f"expected a layout out of {', '.join([*DENSE, *steps])}, got {layout!r}")
     return steps[layout](conv, mask), True
 
 
@@ -73,5 +94,5 @@ def multiplications(layout: str, conv: Conv, mask: torch.Tensor, positions: int)
         layout, conv, mask: as for `make_step`.
         positions: pixels of the output, a folded pool behind them.
     """
-    weights = mask.numel() if layout == "dense" else int(mask.sum())
-    return weights * positions // (4 if layout == "taps" else 1)  # taps run on the image before its up-sampling
+    weights = mask.numel() if layout in DENSE else int(mask.sum())
+    return weights * positions // (4 if "taps" in layout else 1)  # taps run on the image before its up-sampling

@@ -64,7 +64,7 @@ def known_time(stage: ConvStage, layout: str, dtype: torch.dtype) -> float | Non
 
 def contenders(stage: ConvStage) -> list[str]:
     """The candidates that can be the fastest, the rule's choice first."""
-    layouts = candidates(stage.conv, stage.mask)
+    layouts = candidates(stage)
     density = float(stage.mask.double().mean()) if stage.mask.numel() else 0.0
     if density < _LEAST:
         return [layout for layout in layouts if layout in KEPT_ALONE] or layouts

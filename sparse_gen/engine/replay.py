@@ -27,7 +27,7 @@ class Replay:
         planned = self._stages.get(stage.name)
         if planned is None:
             raise _misfit(f"without the stage {stage.name}")
-        possible = candidates(stage.conv, stage.mask)
+        possible = candidates(stage)
         if planned.layout not in possible:
             raise ValueError(
                 f"plan: expected {stage.name} as one of {', '.join(possible)}, got {planned.layout!r}, replace it"

@@ -13,8 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from sparse_gen.engine.graph import Call, Conv, Norm, Parameter, Value
-from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES
-from sparse_gen.ops.pooled_means import pooled_means
+from sparse_gen.ops.convolution import PADDING_MODES
 from sparse_gen.ops.sparse_conv2d import SparsePattern
 from sparse_gen.ops.sparse_upsample_conv2d import TapPattern
 
@@ -172,27 +171,6 @@ class NormHeadStep(Step):
         grad_x, *grads = ops.norm_head_backward(*arguments)
         grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
         return [grad_x], [*(grad[0] for grad in grads), *grad_bias]
-
-
-class DenseConvStep(AutogradStep):
-    """A convolution on PyTorch's own kernels, with its weight whole."""
-
-    layout = "dense"
-
-    def __init__(self, conv: Conv):
-        self._conv = conv
-
-    def compute(self, inputs, parameters):
-        x, weight, *bias = inputs[0], *parameters
-        conv = self._conv
-        if conv.upsample is not None:
-            x = upsample(x, conv.upsample)
-        stride = conv.stride
-        if conv.pool:
-            x, stride = pooled_means(x, padding=conv.padding, padding_mode=conv.padding_mode), 2
-        elif conv.padding:
-            x = F.pad(x, [conv.padding] * 4, mode=TORCH_MODES[PADDING_MODES.index(conv.padding_mode)])
-        return F.conv2d(x, weight, bias[0] if bias else None, stride=stride)
 
 
 class SparseConvStep(Step):

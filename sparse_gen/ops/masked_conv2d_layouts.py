@@ -32,18 +32,18 @@ def layout_for(x, weight, stride, padding, mode, upsample, pool, layout) -> Simp
     """The forward and backward of a layout; for "auto", of the one that measured fastest for such shapes."""
     name = LAYOUTS[layout]
     if name == "auto":
-        name = _fastest(x, weight, stride, padding, mode, upsample, pool)
+        name = fastest_layout(x.shape[2:], weight.shape, stride, padding, mode, upsample, pool)
     return _RUN[name]
 
 
 # Measured on the hourglass's layers at 256² and 512² (two cores with AVX-512), forward and backward together: "taps"
 # is 1.9 to 13 times faster than oneDNN on the up-sampled image; "tiles" wins with a stride of 2 (up to 2×) and on large
 # images, oneDNN where many channels meet a small image, "gemm" for 1×1 and for a few pixels.
-def _fastest(x, weight, stride, padding, mode, upsample, pool) -> str:
-    shape = weight.shape
+def fastest_layout(size, shape, stride: int, padding: int, mode: int, upsample: int, pool: bool) -> str:
+    """What "auto" is for an input of this height and width and a weight of this shape, E in front."""
     if why_not("taps", shape, stride, padding, mode, upsample, pool) is None:
         return "taps"
-    pixels = x.shape[2] * x.shape[3] // (4 if pool or stride == 2 else 1)
+    pixels = size[0] * size[1] // (4 if pool or stride == 2 else 1)
     if upsample or (pool and stride == 2):
         return "direct"
     if shape[3:] == (1, 1) or pixels <= 16:
