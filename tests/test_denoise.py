@@ -231,7 +231,7 @@ def test_results_are_of_the_photographs_kind_and_depth(tmp_path, kind):
         assert (written.pixels - image).abs().max() <= step * 1.001 + (1e-7 if step else 0)
         if photograph.alpha is not None:
             np.testing.assert_array_equal(written.alpha, photograph.alpha)
-    assert len(os.listdir(tmp_path / "out")) == 6
+    assert len(os.listdir(tmp_path / "out")) == 7
 
 
 @pytest.mark.parametrize("size", [(5, 5), (5, 130), (97, 6), (31, 17)])

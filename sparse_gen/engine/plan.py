@@ -263,8 +263,12 @@ def others_of(graph: Graph, program: Program) -> tuple[tuple[Other, ...], tuple[
     """`Plan.others` and `Plan.calls` of a program."""
     live = [node for value, node in enumerate(graph.nodes, start=1) if program.compaction.live(value)]
     kinds = Counter(kind_of(node, graph) for node in live)
-    plain_calls = [node for node in graph.nodes if isinstance(node.op, Call) and not plain_weight(node, graph)]
-    calls = Counter(_call_name(node.op) for node in plain_calls)
+    unexplained = [
+        node.op
+        for node in graph.nodes
+        if isinstance(node.op, Call) and graph.reasons.keys().isdisjoint(node.op.parameters)
+    ]
+    calls = Counter(map(_call_name, unexplained))
     plain = [f"{name} ×{count}" if count > 1 else name for name, count in calls.items()]
     lines = [f"{', '.join(plain)}: no operator of ours"] if plain else []
     return (
@@ -278,8 +282,9 @@ CONVOLUTION = "convolution"
 
 def plain_weight(node: Node, graph: Graph) -> str | None:
     """The weight of a convolution that stays an ATen call; None of anything else."""
-    names = node.op.parameters if isinstance(node.op, Call) else ()
-    return next((name for name in names if name in graph.reasons), None)
+    if not isinstance(node.op, Call) or _call_name(node.op) != "conv2d" or not node.inputs:
+        return None
+    return next((name for name in node.op.parameters if name in graph.reasons), None)
 
 
 def kind_of(node: Node, graph: Graph) -> str:
