@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from sparse_gen.engine.graph import Conv
-from sparse_gen.engine.steps import AutogradStep, Step, ops, upsample
+from sparse_gen.engine.steps import AutogradStep, Loaded, Step, ops, upsample
 from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES
 from sparse_gen.ops.masked_conv2d import masked_conv2d_backward, masked_conv2d_forward
 from sparse_gen.ops.masked_conv2d_layouts import LAYOUTS, UPSAMPLE
@@ -17,8 +17,11 @@ from sparse_gen.ops.masked_conv2d_layouts import LAYOUTS, UPSAMPLE
 class MaskedConvStep(Step):
     """`masked_conv2d` in one of its layouts.
 
-    The 2×2 means that a folded pool makes of a constant input are kept, and convolved with stride 2.
+    What a load makes of the input is kept for the backward: it is read twice there. The 2×2 means that a folded pool
+    makes of a constant input are kept for good, and convolved with stride 2.
     """
+
+    reads_loads = True
 
     def __init__(self, conv: Conv, layout: str):
         self._conv, self._layout = conv, LAYOUTS.index(layout)
@@ -36,8 +39,9 @@ class MaskedConvStep(Step):
 
     def forward(self, inputs, parameters, trains):
         weight, *bias = (parameter[None] for parameter in parameters)
-        source, arguments = self._source(inputs[0])
-        return masked_conv2d_forward(source, weight, bias[0] if bias else None, *arguments), inputs[0]
+        x = ops.apply_load(*inputs[0]) if isinstance(inputs[0], Loaded) else inputs[0]
+        source, arguments = self._source(x)
+        return masked_conv2d_forward(source, weight, bias[0] if bias else None, *arguments), x
 
     def backward(self, gradient, kept, parameters, needs):
         weight, *bias = (parameter[None] for parameter in parameters)

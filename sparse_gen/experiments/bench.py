@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sparse_gen as sg
-from sparse_gen.engine.functional import training_copy
+from sparse_gen.engine.functional import squared_errors, training_copy
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.experiments.baselines import (
     TEMPERATURE,
@@ -77,7 +77,7 @@ class OurTraining:
         return self.module(self.z).detach()
 
     def step(self):
-        loss = (self.module(self.z) - self.y).square().mean(dim=(1, 2, 3))
+        loss = squared_errors(self.module(self.z), self.y)
         self.optimiser.step(loss.sum(), self.count)
         self.count += 1
 

@@ -20,6 +20,7 @@ from sparse_gen.engine.checks import (
     check_positive,
 )
 from sparse_gen.engine.compile import CompiledGenerator
+from sparse_gen.engine.functional import squared_errors
 from sparse_gen.fitting.metrics import psnr
 from sparse_gen.fitting.optimiser import Optimiser
 from sparse_gen.history import History
@@ -151,7 +152,7 @@ def fit(
         output = module(_jittered(z, input_jitter, seeds, step) if input_jitter else z)
         if step == start:
             check_output(output, y)
-        loss = (output - y).square().mean(dim=(1, 2, 3))
+        loss = squared_errors(output, y)
         variation = total_variation(output) if tv_weight else None
         optimiser.step((loss if variation is None else loss + tv_weight * variation).sum(), step)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparse_gen.engine.checks import check_output
 from sparse_gen.engine.compile import build_run
-from sparse_gen.engine.functional import run_experiments
+from sparse_gen.engine.functional import run_experiments, squared_errors
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.plan import Plan
 
@@ -65,7 +65,7 @@ class SampledNetwork:
         if not self._checked:
             check_output(output, y)
             self._checked = True
-        loss = (output - y).square().mean(dim=(1, 2, 3))
+        loss = squared_errors(output, y)
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         return loss.detach(), gradient[:, :pruned].contiguous()
 
