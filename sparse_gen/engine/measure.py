@@ -20,7 +20,7 @@ from sparse_gen.engine.layouts import KEPT_ALONE, ConvStage, candidates, make_st
 from sparse_gen.files import atomic_write
 from sparse_gen.ops.extension import library, status
 
-VERSION = 1
+VERSION = 2
 # A layout replaces the rule's where it is faster by more than what two measurements of one layout differ by.
 _GAIN = 0.95
 # Layouts beyond this multiple of the fastest after their first runs are not run again.
@@ -113,6 +113,12 @@ class _Run:
         out, into = stage.mask.shape[:2]
         weight = torch.randn(stage.mask.shape, generator=generator, dtype=dtype) * stage.mask
         self._parameters = [weight[stage.mask] if sparse else weight]
+        # A weight that is given whole is first put together from its kept values, and its gradient taken apart.
+        self._place = None
+        if not sparse and not stage.mask.all():
+            places = torch.arange(int(stage.mask.sum()))
+            self._place = torch.full(stage.mask.shape, len(places)).masked_scatter(stage.mask, places).flatten()
+            self._kept = stage.mask.flatten().nonzero()[:, 0]
         self._parameters += [torch.randn(out, generator=generator, dtype=dtype)] * stage.biased
         self._x = torch.randn(1, into, *stage.size, generator=generator, dtype=dtype)
         self._changes = stage.needs_gradient
@@ -122,13 +128,18 @@ class _Run:
     def time(self) -> float:
         # Only an input that never changes, like z, is the same tensor in every step.
         x = self._x.view_as(self._x) if self._changes else self._x
+        values = torch.zeros(len(self._kept) + 1, dtype=x.dtype) if self._place is not None else None
         start = time.perf_counter()
+        if values is not None:
+            values.index_select(0, self._place)
         y, kept = self._step.forward([x], self._parameters, True)
         middle = time.perf_counter()
         if self._gradient is None:
             self._gradient = torch.randn_like(y)
         again = time.perf_counter()
-        self._step.backward(self._gradient, kept, self._parameters, [self._changes])
+        _, grads = self._step.backward(self._gradient, kept, self._parameters, [self._changes])
+        if values is not None:
+            grads[0].flatten().index_select(0, self._kept)
         return middle - start + time.perf_counter() - again
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 
@@ -39,11 +41,15 @@ class Slots:
         scattered = [index for index, span in zip(self._index, self._ranges, strict=True) if span is None]
         self._gathered = torch.cat(scattered).to(device) if scattered else None
         self._sizes = [len(index) for index in scattered]
-        used = torch.cat(self._index) if self._index else torch.zeros(0, dtype=torch.long)
-        used = used[used < self._kept]
-        # A parameter that serves in two places has the sum of two gradients.
-        self._shared = len(used.unique()) < len(used)
-        self._order = [] if scattered or self._shared else self._pieces()
+        used = torch.cat([*self._index, torch.tensor([self._kept])])
+        # Where each kept value's gradient stands among those of the parameters and a zero behind them. The last writer
+        # of a value counts; a parameter that serves in two places has the others' gradients added.
+        real = (used < self._kept).nonzero()[:, 0]
+        source = torch.full((self._kept,), len(used) - 1)
+        source[used[real]] = real
+        more = real[source[used[real]] != real]
+        self._source, self._more = source.to(device), (used[more].to(device), more.to(device)) if len(more) else None
+        self._order = [] if scattered or self._more else self._pieces()
         self._index = []
 
     def _pieces(self) -> list[int | tuple[int, int]]:
@@ -73,20 +79,17 @@ class Slots:
         if self._order:
             # Spans alone, as of a mask that keeps everything: one pass over the vector.
             return torch.cat([self._piece(piece, gradients, like) for piece in self._order])
-        total = like.new_zeros(self._kept + 1)
-        scattered = []
-        for gradient, span, shape in zip(gradients, self._ranges, self._shapes, strict=True):
-            if span is None:
-                scattered.append(like.new_zeros(shape).view(-1) if gradient is None else gradient.reshape(-1))
-            elif gradient is not None:
-                total[span[0] : span[1]] += gradient.reshape(-1)
-        if scattered:
-            flat = torch.cat(scattered)
-            if self._shared:
-                total.index_add_(0, self._gathered, flat)
-            else:
-                total[self._gathered] = flat
-        return total[: self._kept]
+        flat = torch.cat(
+            [
+                *(
+                    like.new_zeros(prod(shape)) if gradient is None else gradient.reshape(-1)
+                    for gradient, shape in zip(gradients, self._shapes, strict=True)
+                ),
+                like.new_zeros(1),
+            ]
+        )
+        total = flat.index_select(0, self._source)
+        return total if self._more is None else total.index_add_(0, self._more[0], flat[self._more[1]])
 
     def _piece(self, piece: int | tuple[int, int], gradients, like: torch.Tensor) -> torch.Tensor:
         if isinstance(piece, tuple):
