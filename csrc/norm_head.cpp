@@ -60,12 +60,14 @@ std::tuple<Tensor, Tensor, Tensor> norm_head(const Tensor& x, const Tensor& gamm
   return {out, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_head_backward(const Tensor& grad_out, const Tensor& x,
-                                                              const Tensor& gamma, const Tensor& beta,
-                                                              const Tensor& weight, const Tensor& mean,
-                                                              const Tensor& rstd, double slope) {
+namespace {
+
+// The gradients of gamma, beta and weight; that of x goes to grad_x, which may be x.
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_out, const Tensor& x, const Tensor& gamma,
+                                             const Tensor& beta, const Tensor& weight, const Tensor& mean,
+                                             const Tensor& rstd, double slope, Tensor& grad_x) {
   const int64_t channels = x.size(1), outputs = weight.size(1), count = x.size(2) * x.size(3), each = outputs + 2;
-  Tensor grad_x = torch::stable::empty_like(x), grad_weight = torch::stable::empty_like(weight);
+  Tensor grad_weight = torch::stable::empty_like(weight);
   Tensor grad_gamma = torch::stable::empty_like(gamma), grad_beta = torch::stable::empty_like(gamma);
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
@@ -93,12 +95,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_head_backward(const Tensor& grad
       });
     }
   });
+  return {grad_gamma, grad_beta, grad_weight};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_head_backward(const Tensor& grad_out, const Tensor& x,
+                                                              const Tensor& gamma, const Tensor& beta,
+                                                              const Tensor& weight, const Tensor& mean,
+                                                              const Tensor& rstd, double slope) {
+  Tensor grad_x = torch::stable::empty_like(x);
+  const auto [grad_gamma, grad_beta, grad_weight] =
+      gradients(grad_out, x, gamma, beta, weight, mean, rstd, slope, grad_x);
   return {grad_x, grad_gamma, grad_beta, grad_weight};
+}
+
+// x becomes its gradient.
+std::tuple<Tensor, Tensor, Tensor> norm_head_backward_(const Tensor& grad_out, Tensor x, const Tensor& gamma,
+                                                       const Tensor& beta, const Tensor& weight, const Tensor& mean,
+                                                       const Tensor& rstd, double slope) {
+  return gradients(grad_out, x, gamma, beta, weight, mean, rstd, slope, x);
 }
 
 }  // namespace sparse_gen
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_gen, CPU, m) {
   m.impl("norm_head", TORCH_BOX(&sparse_gen::norm_head));
+  m.impl("norm_head_backward_", TORCH_BOX(&sparse_gen::norm_head_backward_));
   m.impl("norm_head_backward", TORCH_BOX(&sparse_gen::norm_head_backward));
 }

@@ -75,6 +75,17 @@ def test_gradcheck_and_opcheck():
     _, mean, rstd = torch.ops.sparse_gen.norm_head(x, gamma, beta, weight, bias, 1e-5, 0.2)
     arguments = (gradient, x, gamma, beta, weight, mean, rstd, 0.2)
     torch.library.opcheck(torch.ops.sparse_gen.norm_head_backward, arguments)
+    torch.library.opcheck(torch.ops.sparse_gen.norm_head_backward_, arguments)
+
+
+def test_in_place_x_becomes_its_gradient(instruction_set):
+    leaves, gradient = problem(2, 5, 3, (65, 70), torch.float32)
+    x, gamma, beta, weight, bias = (leaf.detach() for leaf in leaves)
+    _, mean, rstd = torch.ops.sparse_gen.norm_head(x, gamma, beta, weight, bias, 1e-5, 0.2)
+    arguments = (gamma, beta, weight, mean, rstd, 0.2)
+    expected = torch.ops.sparse_gen.norm_head_backward(gradient, x, *arguments)
+    grads = torch.ops.sparse_gen.norm_head_backward_(gradient, x, *arguments)
+    assert all(torch.equal(got, want) for got, want in zip((x, *grads), expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from sparse_gen.engine.graph import Call, Concat, Conv, Graph, Norm, Select
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.layouts import ConvStage, make_step
 from sparse_gen.engine.slots import Slots
-from sparse_gen.engine.steps import CallStep, ConcatStep, NormHeadStep, NormLoadStep, NormStep, Step
+from sparse_gen.engine.steps import CallStep, ConcatStep, NormHeadStep, NormLoadStep, NormStep, SigmoidStep, Step
 from sparse_gen.ops.norm_head import MOST_CHANNELS
 
 # Chooses the layout of a convolution.
@@ -62,6 +62,7 @@ class Program:
         self._static = self._static_values(graph)
         for stage in self._stages:
             stage.step.constant_input = self._static.issuperset(stage.inputs)
+            stage.step.owns_input = self._alone(stage)
         self._last_reader = self._last_readers()
 
     def _build(self, graph: Graph, places: dict[str, torch.Tensor], choose: Choose) -> None:
@@ -103,7 +104,8 @@ class Program:
                     strict=True,
                 )
             else:
-                step = CallStep(node.op, inputs)
+                sigmoid = node.op.target is torch.ops.aten.sigmoid.default
+                step = SigmoidStep() if sigmoid else CallStep(node.op, inputs)
                 for name in node.op.parameters:
                     self._slots.add(places[name])
                 if node.op.channelwise is None:
@@ -133,6 +135,12 @@ class Program:
         other = copy(self)
         other._stages = [replace(stage, step=wrap(stage.step)) for stage in self._stages]
         return other, {stage.value: stage.step for stage in other._stages}
+
+    def _alone(self, stage: _Stage) -> bool:
+        """Whether a stage alone reads what a convolution made for it."""
+        (x, *more) = stage.inputs or (0,)
+        readers = sum(other.inputs.count(x) for other in self._stages)
+        return not more and readers == 1 and stage.selections == (None,) and x in self.convolutions
 
     def _static_values(self, graph: Graph) -> set[int]:
         """Values that depend on z alone: no parameter is on the way."""

@@ -40,10 +40,12 @@ class Step:
     Attributes:
         reads_loads: whether an input may be `Loaded`; its gradient is then that of what a reader sees.
         constant_input: whether the input is the same at every step, so that what is made of it can be kept.
+        owns_input: whether nobody else reads the input, so that the backward may write over it.
     """
 
     reads_loads = False
     constant_input = False
+    owns_input = False
 
     def forward(self, inputs: Tensors, parameters: Tensors, trains: bool) -> tuple[torch.Tensor, Any]:
         raise NotImplementedError
@@ -98,6 +100,17 @@ class CallStep(AutogradStep):
 
         arguments = fill(self._call.arguments)
         return self._call.target(*arguments, **{key: fill(value) for key, value in self._call.keywords.items()})
+
+
+class SigmoidStep(Step):
+    """What ends a generator; only its value is kept."""
+
+    def forward(self, inputs, parameters, trains):
+        y = torch.sigmoid(inputs[0])
+        return y, y
+
+    def backward(self, gradient, kept, parameters, needs):
+        return [torch.ops.aten.sigmoid_backward(gradient, kept)], []
 
 
 class ConcatStep(Step):
@@ -168,7 +181,10 @@ class NormHeadStep(Step):
         x, mean, rstd = kept
         gamma, beta, weight, *bias = (parameter[None] for parameter in parameters)
         arguments = (gradient.contiguous(), x, gamma, beta, weight.flatten(2), mean, rstd, self._slope)
-        grad_x, *grads = ops.norm_head_backward(*arguments)
+        if self.owns_input:
+            grad_x, grads = x, ops.norm_head_backward_(*arguments)
+        else:
+            grad_x, *grads = ops.norm_head_backward(*arguments)
         grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
         return [grad_x], [*(grad[0] for grad in grads), *grad_bias]
 

@@ -31,6 +31,12 @@ def norm_head_backward_reference(grad_out, x, gamma, beta, weight, mean, rstd, s
     return *grads, grad_weight
 
 
+def norm_head_backward_in_place_reference(grad_out, x, *rest):
+    grad_x, *grads = norm_head_backward_reference(grad_out, x, *rest)
+    x.copy_(grad_x)
+    return tuple(grads)
+
+
 register_operator(
     "norm_head(Tensor x, Tensor gamma, Tensor beta, Tensor weight, Tensor? bias, float eps, float slope)"
     " -> (Tensor, Tensor, Tensor)",
@@ -47,6 +53,17 @@ register_operator(
     reference=norm_head_backward_reference,
     fake=lambda grad_out, x, gamma, beta, weight, *_: (
         torch.empty_like(x),
+        torch.empty_like(gamma),
+        torch.empty_like(beta),
+        torch.empty_like(weight),
+    ),
+)
+register_operator(
+    # x becomes its gradient: as large as the image, it is the most that a step would hold at once.
+    "norm_head_backward_(Tensor grad_out, Tensor(a!) x, Tensor gamma, Tensor beta, Tensor weight, Tensor mean,"
+    " Tensor rstd, float slope) -> (Tensor, Tensor, Tensor)",
+    reference=norm_head_backward_in_place_reference,
+    fake=lambda grad_out, x, gamma, beta, weight, *_: (
         torch.empty_like(gamma),
         torch.empty_like(beta),
         torch.empty_like(weight),
