@@ -189,28 +189,30 @@ class SparseConvStep(Step):
         self._pattern += (out_channels, kernel_h, kernel_w, stride, padding, mode)
         self._known: tuple[weakref.ref, torch.Tensor] | None = None
 
-    def _source(self, given: torch.Tensor | Loaded) -> torch.Tensor:
-        if self.constant_input and self._known is not None and self._known[0]() is given:
-            return self._known[1]
+    def _source(self, given: torch.Tensor | Loaded) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is convolved, and the load that it is read through."""
         x, load = given if isinstance(given, Loaded) else (given.contiguous(), None)
-        if self._pool:
-            source = ops.pooled_means(x, load, *self._padding)
-        else:
-            source = x if load is None else ops.apply_load(x, load)
+        if not self._pool:
+            return x, load
+        if self.constant_input and self._known is not None and self._known[0]() is given:
+            return self._known[1], None
+        means = ops.pooled_means(x, load, *self._padding)
         if self.constant_input:
-            self._known = weakref.ref(given), source
-        return source
+            self._known = weakref.ref(given), means
+        return means, None
 
     def forward(self, inputs, parameters, trains):
         values, *bias = parameters
-        y = ops.sparse_conv2d(self._source(inputs[0]), values[None], bias[0][None] if bias else None, *self._pattern)
+        x, load = self._source(inputs[0])
+        y = ops.sparse_conv2d(x, values[None], bias[0][None] if bias else None, *self._pattern, load)
         return y, inputs[0]
 
     def backward(self, gradient, kept, parameters, needs):
         values, *bias = parameters
         gradient = gradient.contiguous()
         # The source is made again rather than kept: it is as large as what it is made from.
-        arguments = (gradient, self._source(kept), values[None], *self._pattern, needs[0], True)
+        x, load = self._source(kept)
+        arguments = (gradient, x, values[None], *self._pattern, load, needs[0], True)
         grad_x, grad_values = ops.sparse_conv2d_backward(*arguments)
         if needs[0] and self._pool:
             grad_x = ops.pooled_means_backward(grad_x, *self._padding)

@@ -113,6 +113,7 @@ register_sparse_convolution(
     " int out_channels, int kernel_h, int kernel_w, int stride, int padding, int mode",
     reference=sparse_conv2d_reference,
     fake=_fake,
+    loads=True,
 )
 
 
@@ -147,5 +148,5 @@ def sparse_conv2d(
     return torch.ops.sparse_gen.sparse_conv2d(
         x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous(),
         pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order,
-        out_channels, kernel_h, kernel_w, pattern.stride, padding, PADDING_MODES.index(padding_mode),
+        out_channels, kernel_h, kernel_w, pattern.stride, padding, PADDING_MODES.index(padding_mode), None,
     )  # fmt: skip
