@@ -96,7 +96,8 @@ class Convolution {
                          s_.out_channels, kept_, s_.in_channels * s_.phases()});
     // No tile may end behind the image, and the table's offsets are 32 bits long.
     in_place_ = !loads && !over_x_.shifted && over_x_.strips > 1 && s_.stride == 1 && s_.padding == 0 &&
-                s_.out_w() % kInLine<T> == 0 && x_pitch == over_x_.pitch && s_.in_channels * x_plane < (int64_t{1} << 31);
+                s_.out_w() % kInLine<T> == 0 && x_pitch % kInLine<T> == 0 && x_pitch == over_x_.pitch &&
+                s_.in_channels * x_plane < (int64_t{1} << 31);
     if (in_place_) over_x_.channel_stride = x_plane;
   }
 

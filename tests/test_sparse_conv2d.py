@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from sparse_gen.ops.sparse_conv2d import SparsePattern, sparse_conv2d
+from sparse_gen.ops.sparse_conv2d import SparsePattern, phases, sparse_conv2d
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
@@ -128,6 +128,26 @@ def test_rows_that_lie_apart(instruction_set, width, pitch, outputs):
     got = ops.sparse_conv2d_backward(gradient, x, values, *parts, True, True)
     want = ops.sparse_conv2d_backward(gradient, x.contiguous(), values, *parts, True, True)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 3), (5, 4), (5, 5)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(9, 23), (70, 131), (67, 134)])
+def test_the_phases_of_an_image(kernel, stride, size):
+    torch.manual_seed(0)
+    pattern = SparsePattern.of(torch.rand(4, 20, *kernel) < 0.2, stride)
+    over, order = pattern.over_phases()
+    assert over.stride == 1
+    x, values = torch.randn(2, 20, *size, dtype=torch.float64), torch.randn(2, len(order), dtype=torch.float64)
+    values.requires_grad_()
+    want = sparse_conv2d(x, values, pattern)
+    seen = phases(x, pattern)
+    parts = (over.taps, over.by_output, over.by_input, over.input_order, *over.shape[::2], over.shape[3], 1, 0, 0, None)
+    got = torch.ops.sparse_gen.sparse_conv2d(seen, values[:, order], None, *parts)
+    torch.testing.assert_close(got, want)
+    gradient = torch.randn_like(want)
+    gradients = [torch.autograd.grad(out, values, gradient)[0] for out in (got, want)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_channels_without_a_kept_weight():
