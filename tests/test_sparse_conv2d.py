@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from sparse_gen.ops.sparse_conv2d import SparsePattern, sparse_conv2d
+from sparse_gen.ops.sparse_conv2d import SparsePattern, phases, sparse_conv2d
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
@@ -63,6 +63,13 @@ def test_shapes(instruction_set, kernel, stride, mode, size):
     assert_equal((5, 3, kernel, kernel), size, stride=stride, mode=mode)
 
 
+@pytest.mark.parametrize("shape", [(3, 60, 5, 5), (60, 3, 5, 5)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(9, 23), (66, 130), (68, 132)])
+def test_copies_of_many_weights_a_row_and_of_few(instruction_set, shape, stride, size):
+    assert_equal(shape, size, density=0.5, stride=stride)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -87,6 +94,60 @@ def test_any_shape(channels, kernel, size, stride, padding, mode, density, exper
         (*channels, *kernel), size, stride=stride, padding=padding, mode=mode, density=density,
         experiments=experiments, dtype=dtype,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("outputs", [4, 33])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("mode", range(len(MODES)))
+@pytest.mark.parametrize("size", [(5, 7), (70, 63)])
+def test_an_image_read_through_a_load(instruction_set, size, mode, stride, outputs):
+    torch.manual_seed(0)
+    pattern = SparsePattern.of(torch.rand(outputs, 5, 3, 3) < 0.8, stride)
+    parts = (pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order, outputs, 3, 3, stride, 1, mode)
+    x, load, values = torch.randn(2, 5, *size), torch.randn(2, 5, 5), torch.randn(2, len(pattern.index))
+    ops, loaded = torch.ops.sparse_gen, torch.ops.sparse_gen.apply_load(x, load)
+    out = ops.sparse_conv2d(x, values, None, *parts, load)
+    torch.testing.assert_close(out, ops.sparse_conv2d(loaded, values, None, *parts, None))
+    gradient = torch.randn_like(out)
+    got = ops.sparse_conv2d_backward(gradient, x, values, *parts, load, True, True)
+    want = ops.sparse_conv2d_backward(gradient, loaded, values, *parts, None, True, True)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("outputs", [4, 33])
+@pytest.mark.parametrize(("width", "pitch"), [(66, 80), (66, 67), (130, 144), (65, 80)])
+def test_rows_that_lie_apart(instruction_set, width, pitch, outputs):
+    torch.manual_seed(0)
+    pattern = SparsePattern.of(torch.rand(outputs, 20, 3, 3) < 0.8)
+    parts = (pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order, outputs, 3, 3, 1, 0, 0, None)
+    x, values = torch.randn(2, 20, 41, pitch)[:, :, :40, :width], torch.randn(2, len(pattern.index))
+    ops = torch.ops.sparse_gen
+    out = ops.sparse_conv2d(x, values, None, *parts)
+    torch.testing.assert_close(out, ops.sparse_conv2d(x.contiguous(), values, None, *parts))
+    gradient = torch.randn_like(out)
+    got = ops.sparse_conv2d_backward(gradient, x, values, *parts, True, True)
+    want = ops.sparse_conv2d_backward(gradient, x.contiguous(), values, *parts, True, True)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 3), (5, 4), (5, 5)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(9, 23), (70, 131), (67, 134)])
+def test_the_phases_of_an_image(kernel, stride, size):
+    torch.manual_seed(0)
+    pattern = SparsePattern.of(torch.rand(4, 20, *kernel) < 0.2, stride)
+    over, order = pattern.over_phases()
+    assert over.stride == 1
+    x, values = torch.randn(2, 20, *size, dtype=torch.float64), torch.randn(2, len(order), dtype=torch.float64)
+    values.requires_grad_()
+    want = sparse_conv2d(x, values, pattern)
+    seen = phases(x, pattern)
+    parts = (over.taps, over.by_output, over.by_input, over.input_order, *over.shape[::2], over.shape[3], 1, 0, 0, None)
+    got = torch.ops.sparse_gen.sparse_conv2d(seen, values[:, order], None, *parts)
+    torch.testing.assert_close(got, want)
+    gradient = torch.randn_like(want)
+    gradients = [torch.autograd.grad(out, values, gradient)[0] for out in (got, want)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_channels_without_a_kept_weight():
@@ -147,7 +208,7 @@ def test_opcheck():
     x = torch.randn(2, 2, 9, 8, requires_grad=True)
     values = torch.randn(2, len(pattern.index), requires_grad=True)
     bias = torch.randn(2, 3, requires_grad=True)
-    parts = (pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order, 3, 3, 3, 2, 1, 1)
+    parts = (pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order, 3, 3, 3, 2, 1, 1, None)
     torch.library.opcheck(torch.ops.sparse_gen.sparse_conv2d, (x, values, bias, *parts))
     out = torch.ops.sparse_gen.sparse_conv2d(x, values, None, *parts).detach()
     torch.library.opcheck(

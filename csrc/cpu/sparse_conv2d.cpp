@@ -53,45 +53,51 @@ struct Inside {
 };
 
 template <class T>
-void input(const ConvShape& s, const T* x, long long channels, long long first, long long last, long long pitch, T* to) {
-  const long long rows = last - first + s.shifts_h() - 1, width = s.out_w();
-  for (long long c = 0; c < channels; ++c, x += s.height * s.width)
-    for (long long kx = 0; kx < s.kernel_w; ++kx) {
-      const Inside inside(s, kx, width);
-      for (long long phase = 0; phase < s.stride; ++phase)
-        for (long long row = 0; row < rows; ++row, to += pitch) {
-          const long long y = origin(s, s.stride * (first + row) + phase, s.height);
-          if (y < 0) {
-            clear(to, pitch);
-            continue;
-          }
-          const T* from = x + y * s.width;
+void input(const ConvShape& s, const T* x, long long x_plane, long long x_pitch, const Load<T>* load, long long channels,
+           long long first, long long last, long long copies, long long width, long long pitch, T* to, T* room) {
+  const long long rows = last - first + s.shifts_h() - 1, copy_stride = s.stride * rows * pitch;
+  for (long long c = 0; c < channels; ++c, x += x_plane, to += copies * copy_stride)
+    for (long long phase = 0; phase < s.stride; ++phase)
+      for (long long row = 0; row < rows; ++row) {
+        const long long y = origin(s, s.stride * (first + row) + phase, s.height);
+        T* copy = to + (phase * rows + row) * pitch;
+        if (y < 0) {
+          for (long long kx = 0; kx < copies; ++kx) clear(copy + kx * copy_stride, pitch);
+          continue;
+        }
+        const T* from = x + y * x_pitch;
+        if (load) {
+          apply_load(from, room, s.width, load[c]);
+          from = room;
+        }
+        for (long long kx = 0; kx < copies; ++kx, copy += copy_stride) {
+          const Inside inside(s, kx, width);
           const auto border = [&](long long i) {
             const long long at = origin(s, s.stride * i + kx, s.width);
-            to[i] = at < 0 ? 0 : from[at];
+            copy[i] = at < 0 ? 0 : from[at];
           };
           for (long long i = 0; i < inside.begin; ++i) border(i);
-          take(to + inside.begin, from + s.stride * inside.begin + kx - s.padding, inside.end - inside.begin, s.stride);
+          take(copy + inside.begin, from + s.stride * inside.begin + kx - s.padding, inside.end - inside.begin, s.stride);
           for (long long i = inside.end; i < width; ++i) border(i);
-          clear(to + width, pitch - width);
+          clear(copy + width, pitch - width);
         }
-    }
+      }
 }
 
 template <class T>
 void gradient(const ConvShape& s, const T* grad_out, long long channels, long long first, long long last,
-              long long pitch, T* to) {
+              long long copies, long long shift, long long pitch, T* to) {
   const long long above = s.shifts_h() - 1, height = s.out_h(), width = s.out_w();
   for (long long c = 0; c < channels; ++c, grad_out += height * width)
-    for (long long shift = 0; shift < s.shifts_w(); ++shift)
+    for (long long lead = shift; lead < shift + copies; ++lead)
       for (long long y = first - above; y < last; ++y, to += pitch) {
         if (y < 0 || y >= height) {
           clear(to, pitch);
           continue;
         }
-        clear(to, shift);
-        take(to + shift, grad_out + y * width, width, 1);
-        clear(to + shift + width, pitch - shift - width);
+        clear(to, lead);
+        take(to + lead, grad_out + y * width, width, 1);
+        clear(to + lead + width, pitch - lead - width);
       }
 }
 
@@ -133,21 +139,23 @@ void copy(const T* from, long long from_stride, long long from_pitch, T* to, lon
 
 }  // namespace
 
-void shift_input(const ConvShape& s, const float* x, long long channels, long long first, long long last,
-                 long long pitch, float* to) {
-  input(s, x, channels, first, last, pitch, to);
+void shift_input(const ConvShape& s, const float* x, long long x_plane, long long x_pitch, const Load<float>* load,
+                 long long channels, long long first, long long last, long long copies, long long width, long long pitch,
+                 float* to, float* room) {
+  input(s, x, x_plane, x_pitch, load, channels, first, last, copies, width, pitch, to, room);
 }
-void shift_input(const ConvShape& s, const double* x, long long channels, long long first, long long last,
-                 long long pitch, double* to) {
-  input(s, x, channels, first, last, pitch, to);
+void shift_input(const ConvShape& s, const double* x, long long x_plane, long long x_pitch, const Load<double>* load,
+                 long long channels, long long first, long long last, long long copies, long long width, long long pitch,
+                 double* to, double* room) {
+  input(s, x, x_plane, x_pitch, load, channels, first, last, copies, width, pitch, to, room);
 }
 void shift_gradient(const ConvShape& s, const float* grad_out, long long channels, long long first, long long last,
-                    long long pitch, float* to) {
-  gradient(s, grad_out, channels, first, last, pitch, to);
+                    long long copies, long long shift, long long pitch, float* to) {
+  gradient(s, grad_out, channels, first, last, copies, shift, pitch, to);
 }
 void shift_gradient(const ConvShape& s, const double* grad_out, long long channels, long long first, long long last,
-                    long long pitch, double* to) {
-  gradient(s, grad_out, channels, first, last, pitch, to);
+                    long long copies, long long shift, long long pitch, double* to) {
+  gradient(s, grad_out, channels, first, last, copies, shift, pitch, to);
 }
 void fold_rows(const ConvShape& s, const float* padded, long long plane_stride, long long pitch, long long first,
                long long channels, long long begin, long long end, float* grad_x) {

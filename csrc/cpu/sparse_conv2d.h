@@ -1,6 +1,7 @@
 #pragma once
 
 #include "isa.h"
+#include "norm_load.h"
 
 namespace sparse_gen {
 
@@ -22,21 +23,24 @@ struct ConvShape {
 
 // clang-format off
 SPARSE_GEN_DECLARE(
-  // For `channels` channels of x and every kernel column, what output rows first .. last - 1 see through it: element
-  // ((channel * kernel_w + kx) * stride + phase) * (last - first + shifts_h - 1) * pitch + row * pitch + column is
-  // padded row stride * (first + row) + phase, padded column stride * column + kx.
-  void shift_input(const ConvShape&, const float* x, long long channels, long long first, long long last,
-                   long long pitch, float* to);
-  void shift_input(const ConvShape&, const double* x, long long channels, long long first, long long last,
-                   long long pitch, double* to);
+  // `channels` channels of x, whose rows and planes lie x_pitch and x_plane apart, as output rows first .. last - 1 see
+  // them: element ((channel * copies + copy) * stride + phase) * (last - first + shifts_h - 1) * pitch + row * pitch +
+  // column, for column < width, is padded row stride * (first + row) + phase, padded column stride * column + copy; zeros
+  // from there to pitch. The loads, one a channel, may be null; room holds a row of x.
+  void shift_input(const ConvShape&, const float* x, long long x_plane, long long x_pitch, const Load<float>* load,
+                   long long channels, long long first, long long last, long long copies, long long width,
+                   long long pitch, float* to, float* room);
+  void shift_input(const ConvShape&, const double* x, long long x_plane, long long x_pitch, const Load<double>* load,
+                   long long channels, long long first, long long last, long long copies, long long width,
+                   long long pitch, double* to, double* room);
 
   // The output's gradient as phase rows first .. last - 1 of the padded input see it, zeros around it: element
-  // (channel * shifts_w + shift) * (last - first + shifts_h - 1) * pitch + row * pitch + column is output row
-  // first + row - (shifts_h - 1), output column column - shift.
+  // (channel * copies + copy) * (last - first + shifts_h - 1) * pitch + row * pitch + column is output row
+  // first + row - (shifts_h - 1), output column column - shift - copy.
   void shift_gradient(const ConvShape&, const float* grad_out, long long channels, long long first, long long last,
-                      long long pitch, float* to);
+                      long long copies, long long shift, long long pitch, float* to);
   void shift_gradient(const ConvShape&, const double* grad_out, long long channels, long long first, long long last,
-                      long long pitch, double* to);
+                      long long copies, long long shift, long long pitch, double* to);
 
   // Adds padded rows begin .. end - 1 of `channels` channels to the rows of x's gradient that they came from. The plane
   // of (channel, row phase, column phase) begins at padded + ((channel * stride + row phase) * stride + column phase) *

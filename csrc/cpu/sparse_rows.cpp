@@ -43,7 +43,7 @@ void multiply_tile(const SparseRows<T>& m, long long first, long long last, cons
         const T* from = source + m.offset[k + s];
         const V weight = V{} + m.value[k + s];
 #pragma GCC unroll 16
-        for (int v = 0; v < Vectors; ++v) sum[s][v] += weight * load_aligned(from + v * kWidth<T>);
+        for (int v = 0; v < Vectors; ++v) sum[s][v] += weight * load_from(from + v * kWidth<T>);
       }
     }
     if constexpr (kSets > 1) {
@@ -51,7 +51,7 @@ void multiply_tile(const SparseRows<T>& m, long long first, long long last, cons
         const T* from = source + m.offset[k];
         const V weight = V{} + m.value[k];
 #pragma GCC unroll 16
-        for (int v = 0; v < Vectors; ++v) sum[0][v] += weight * load_aligned(from + v * kWidth<T>);
+        for (int v = 0; v < Vectors; ++v) sum[0][v] += weight * load_from(from + v * kWidth<T>);
       }
     }
 #pragma GCC unroll 16
@@ -103,9 +103,9 @@ void dot_tile(const SparseRows<T>& m, long long first, long long last, const T* 
 #pragma GCC unroll 4
       for (int n = 0; n < kRowGroup; ++n) {
         const T* from = source + m.offset[k + n];
-        dot[n] = held[0] * load_aligned(from);
+        dot[n] = held[0] * load_from(from);
 #pragma GCC unroll 16
-        for (int v = 1; v < Vectors; ++v) dot[n] += held[v] * load_aligned(from + v * kWidth<T>);
+        for (int v = 1; v < Vectors; ++v) dot[n] += held[v] * load_from(from + v * kWidth<T>);
       }
       add_to_sums<T>(dot, sums + (long long)(k - m.begin[first]) * kDotLanes);
     }

@@ -14,8 +14,8 @@ struct SparseRows {
 };
 
 constexpr int kRowGroup = 4;
-// Source rows, output rows and their distances are multiples of this many bytes: no load then straddles a cache line,
-// which makes it twice as fast. An odd multiple spreads rows over the cache's sets.
+// Output rows and their distances are multiples of this many bytes. Where the source's are too, no load straddles a cache
+// line, which makes it twice as fast. An odd multiple spreads rows over the cache's sets.
 constexpr int kLine = 64;
 // Elements of partial sums that dot_rows keeps a weight, at most.
 constexpr int kDotLanes = 4;

@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from sparse_gen.engine.graph import Call, Conv, Norm, Parameter, Value
-from sparse_gen.ops.convolution import PADDING_MODES
-from sparse_gen.ops.sparse_conv2d import SparsePattern
+from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES
+from sparse_gen.ops.sparse_conv2d import SparsePattern, phases
 from sparse_gen.ops.sparse_upsample_conv2d import TapPattern
 
 ops = torch.ops.sparse_gen
@@ -200,38 +200,66 @@ class SparseConvStep(Step):
         pattern = SparsePattern.of(mask, stride)
         self._pool, self._padding = conv.pool, (conv.padding, PADDING_MODES.index(conv.padding_mode))
         padding, mode = (0, 0) if conv.pool else self._padding
-        out_channels, _, kernel_h, kernel_w = mask.shape
-        self._pattern = (pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order)
-        self._pattern += (out_channels, kernel_h, kernel_w, stride, padding, mode)
-        self._known: tuple[weakref.ref, torch.Tensor] | None = None
+        self._pattern, self._arguments = pattern, _arguments(pattern, padding, mode)
+        self._known: tuple[weakref.ref, _OverPhases] | None = None
 
-    def _source(self, given: torch.Tensor | Loaded) -> torch.Tensor:
-        if self.constant_input and self._known is not None and self._known[0]() is given:
-            return self._known[1]
+    def _source(self, given: torch.Tensor | Loaded) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is convolved, and the load that it is read through."""
         x, load = given if isinstance(given, Loaded) else (given.contiguous(), None)
-        if self._pool:
-            source = ops.pooled_means(x, load, *self._padding)
-        else:
-            source = x if load is None else ops.apply_load(x, load)
-        if self.constant_input:
-            self._known = weakref.ref(given), source
-        return source
+        return (ops.pooled_means(x, load, *self._padding), None) if self._pool else (x, load)
+
+    def _prepared(self, given: torch.Tensor | Loaded) -> _OverPhases | None:
+        """A constant input as the kernel reads it without a copy."""
+        if not self.constant_input or isinstance(given, Loaded):
+            return None
+        if self._known is None or self._known[0]() is not given:
+            padding, mode = self._padding
+            padded = self._source(given)[0] if self._pool else F.pad(given, [padding] * 4, mode=TORCH_MODES[mode])
+            self._known = weakref.ref(given), _OverPhases(padded, self._pattern)
+        return self._known[1]
 
     def forward(self, inputs, parameters, trains):
         values, *bias = parameters
-        y = ops.sparse_conv2d(self._source(inputs[0]), values[None], bias[0][None] if bias else None, *self._pattern)
+        bias = bias[0][None] if bias else None
+        prepared = self._prepared(inputs[0])
+        if prepared is not None:
+            y = ops.sparse_conv2d(prepared.x, values[None, prepared.order], bias, *prepared.arguments, None)
+        else:
+            x, load = self._source(inputs[0])
+            y = ops.sparse_conv2d(x, values[None], bias, *self._arguments, load)
         return y, inputs[0]
 
     def backward(self, gradient, kept, parameters, needs):
         values, *bias = parameters
         gradient = gradient.contiguous()
+        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
+        prepared = None if needs[0] else self._prepared(kept)
+        if prepared is not None:
+            arguments = (gradient, prepared.x, values[None, prepared.order], *prepared.arguments, None, False, True)
+            _, grad_ordered = ops.sparse_conv2d_backward(*arguments)
+            return [None], [torch.empty_like(values).index_copy_(0, prepared.order, grad_ordered[0]), *grad_bias]
         # The source is made again rather than kept: it is as large as what it is made from.
-        arguments = (gradient, self._source(kept), values[None], *self._pattern, needs[0], True)
+        x, load = self._source(kept)
+        arguments = (gradient, x, values[None], *self._arguments, load, needs[0], True)
         grad_x, grad_values = ops.sparse_conv2d_backward(*arguments)
         if needs[0] and self._pool:
             grad_x = ops.pooled_means_backward(grad_x, *self._padding)
-        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
         return [grad_x if needs[0] else None], [grad_values[0], *grad_bias]
+
+
+class _OverPhases:
+    """A convolution of an image that stays the same: on its phases, which are kept in its place."""
+
+    def __init__(self, padded: torch.Tensor, pattern: SparsePattern):
+        self.x = phases(padded, pattern)
+        over, self.order = pattern.over_phases()
+        self.arguments = _arguments(over, 0, 0)
+
+
+def _arguments(pattern: SparsePattern, padding: int, mode: int) -> tuple:
+    out_channels, _, kernel_h, kernel_w = pattern.shape
+    places = (pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order)
+    return (*places, out_channels, kernel_h, kernel_w, pattern.stride, padding, mode)
 
 
 class TapConvStep(Step):

@@ -75,9 +75,43 @@ class SparsePattern:
             group.argsort(stable=True),
         )
 
+    def over_phases(self) -> tuple[SparsePattern, torch.Tensor]:
+        """What does on `phases` what this pattern does on the image, and which of this one's values each of its is."""
+        kernel_h, kernel_w = self.shape[2:]
+        number = torch.full(self.shape, -1, device=self.index.device)
+        number.view(-1)[self.index] = torch.arange(len(self.index), device=self.index.device)
+        number = F.pad(number, (0, -kernel_w % self.stride, 0, -kernel_h % self.stride), value=-1)
+        number = F.pixel_unshuffle(number, self.stride)
+        return SparsePattern.of(number >= 0), number[number >= 0]
+
 
 def _starts(group: torch.Tensor, groups: int) -> torch.Tensor:
     return F.pad(torch.bincount(group, minlength=groups).cumsum(0), (1, 0))
+
+
+def phases(padded: torch.Tensor, pattern: SparsePattern) -> torch.Tensor:
+    """The rows and columns of each residue modulo the stride as channels of their own: stride 1 on these is the stride.
+
+    Args:
+        padded: (E, in, H, W), with its padding.
+        pattern: of the convolution that is to read it.
+
+    Returns:
+        (E, in · stride², rows, columns), as much as the kernel sees. Rows begin at cache lines, so that `sparse_conv2d`
+        may read them where they lie.
+    """
+    (experiments, channels, *size), stride = padded.shape, pattern.stride
+    kernel = pattern.shape[2:]
+    rows, columns = (
+        _output_size(length, k, stride, 0) + (k - 1) // stride for length, k in zip(size, kernel, strict=True)
+    )
+    line = 64 // padded.element_size()
+    planes = padded.new_zeros(experiments, channels, stride, stride, rows, -(-columns // line) * line)
+    for row in range(stride):
+        for column in range(stride):
+            part = padded[..., row::stride, column::stride][..., :rows, :columns]
+            planes[:, :, row, column, : part.shape[2], : part.shape[3]] = part
+    return planes.flatten(1, 3)[..., :columns]
 
 
 def flat_index(taps: torch.Tensor, in_channels: int, kernel_h: int, kernel_w: int) -> torch.Tensor:
@@ -113,6 +147,7 @@ register_sparse_convolution(
     " int out_channels, int kernel_h, int kernel_w, int stride, int padding, int mode",
     reference=sparse_conv2d_reference,
     fake=_fake,
+    loads=True,
 )
 
 
@@ -147,5 +182,5 @@ def sparse_conv2d(
     return torch.ops.sparse_gen.sparse_conv2d(
         x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous(),
         pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order,
-        out_channels, kernel_h, kernel_w, pattern.stride, padding, PADDING_MODES.index(padding_mode),
+        out_channels, kernel_h, kernel_w, pattern.stride, padding, PADDING_MODES.index(padding_mode), None,
     )  # fmt: skip
