@@ -29,7 +29,7 @@ struct UpLayer {
   int64_t taps() const { return image.kernel_h * image.kernel_w; }
   int64_t planes() const { return out_channels * taps(); }
   // Rows of the small image that an output row sees above or below its own.
-  int64_t halo() const { return (image.padding + 1) / 2; }
+  int64_t halo() const { return image.upsample == kNearest ? (image.padding + 1) / 2 : image.padding / 2 + 1; }
   int64_t strip_begin(int64_t strip) const { return strip * image.strip_rows; }
   int64_t strip_end(int64_t strip) const {
     return std::min<int64_t>(image.height, (strip + 1) * image.strip_rows);
@@ -39,7 +39,7 @@ struct UpLayer {
 
 template <class T>
 UpLayer layer_of(const Tensor& x, int64_t out_channels, int64_t kernel_h, int64_t kernel_w, int64_t padding,
-                 int64_t mode) {
+                 int64_t mode, int64_t upsample) {
   constexpr int64_t line = kLine / sizeof(T);
   const int64_t in_channels = x.size(1), height = x.size(2), width = x.size(3);
   // A strip's source rows and a block's tap planes are to stay in the first-level cache, 48 KiB: measured, vectors at a
@@ -50,7 +50,7 @@ UpLayer layer_of(const Tensor& x, int64_t out_channels, int64_t kernel_h, int64_
   const int64_t strip_stride = ((strip_rows * width + line - 1) / line | 1) * line;
   const int64_t strips = (height + strip_rows - 1) / strip_rows;
   const int64_t block = std::clamp<int64_t>((wide ? 24 : 48) / (kernel_h * kernel_w), 1, out_channels);
-  const TapImage image{height, width, kernel_h, kernel_w, padding, mode, strip_rows, strip_stride, 1};
+  const TapImage image{height, width, kernel_h, kernel_w, padding, mode, upsample, strip_rows, strip_stride, 1};
   return {in_channels, out_channels, image, strips, block, (out_channels + block - 1) / block,
           small ? Tiles::alone : wide ? Tiles::wide : Tiles::narrow};
 }
@@ -314,12 +314,12 @@ void backward(const UpLayer& layer, const Tables<T>& tables, const T* grad_out, 
 Tensor sparse_upsample_conv2d(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
                               const Tensor& taps, const Tensor& by_tap, const Tensor& tap_order,
                               const Tensor& by_input, const Tensor& input_order, int64_t out_channels,
-                              int64_t kernel_h, int64_t kernel_w, int64_t padding, int64_t mode,
+                              int64_t kernel_h, int64_t kernel_w, int64_t padding, int64_t mode, int64_t upsample,
                               const std::optional<Tensor>& load) {
   Tensor out = torch::stable::empty({x.size(0), out_channels, 2 * x.size(2), 2 * x.size(3)}, x.scalar_type());
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
-    const UpLayer layer = layer_of<T>(x, out_channels, kernel_h, kernel_w, padding, mode);
+    const UpLayer layer = layer_of<T>(x, out_channels, kernel_h, kernel_w, padding, mode, upsample);
     const int64_t pixels = layer.pixels();
     Tables<T> tables(layer, taps, by_tap, tap_order, by_input, input_order, true, false);
     for (int64_t e = 0; e < x.size(0); ++e) {
@@ -337,14 +337,14 @@ std::tuple<Tensor, Tensor> sparse_upsample_conv2d_backward(const Tensor& grad_ou
                                                            const Tensor& by_tap, const Tensor& tap_order,
                                                            const Tensor& by_input, const Tensor& input_order,
                                                            int64_t out_channels, int64_t kernel_h, int64_t kernel_w,
-                                                           int64_t padding, int64_t mode,
+                                                           int64_t padding, int64_t mode, int64_t upsample,
                                                            const std::optional<Tensor>& load, bool needs_grad_x,
                                                            bool needs_grad_values) {
   Tensor grad_x = needs_grad_x ? torch::stable::empty_like(x) : torch::stable::empty({0}, x.scalar_type());
   Tensor grad_values = needs_grad_values ? torch::stable::empty_like(values) : torch::stable::empty({0}, x.scalar_type());
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
-    const UpLayer layer = layer_of<T>(x, out_channels, kernel_h, kernel_w, padding, mode);
+    const UpLayer layer = layer_of<T>(x, out_channels, kernel_h, kernel_w, padding, mode, upsample);
     const int64_t image = layer.in_channels * layer.pixels(), kept = values.size(1);
     Tables<T> tables(layer, taps, by_tap, tap_order, by_input, input_order, needs_grad_values, needs_grad_x);
     for (int64_t e = 0; e < x.size(0); ++e) {

@@ -1,5 +1,7 @@
 """`sparse_upsample_conv2d`: outputs and every gradient against up-sample, pad and dense convolution in float64."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,11 @@ from sparse_gen.ops.sparse_upsample_conv2d import TapPattern, sparse_upsample_co
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
+UPSAMPLE = {
+    "nearest": {"mode": "nearest"},
+    "bilinear": {"mode": "bilinear", "align_corners": False},
+    "bilinear_corners": {"mode": "bilinear", "align_corners": True},
+}
 
 
 def random_mask(shape, density):
@@ -17,16 +24,16 @@ def random_mask(shape, density):
     return torch.rand(shape, generator=generator) < density, generator
 
 
-def dense(x, weight, bias, padding, mode):
+def dense(x, weight, bias, padding, mode, upsample):
     outputs = []
     for e in range(len(x)):
-        large = F.interpolate(x[e : e + 1], scale_factor=2, mode="nearest")
+        large = F.interpolate(x[e : e + 1], scale_factor=2, **UPSAMPLE[upsample])
         padded = F.pad(large, [padding] * 4, mode=MODES[mode]) if padding else large
         outputs.append(F.conv2d(padded, weight[e], bias[e]))
     return torch.cat(outputs)
 
 
-def assert_equal(shape, size, *, density=0.3, mode="reflect", experiments=2, dtype=torch.float32):
+def assert_equal(shape, size, *, density=0.3, mode="reflect", upsample="nearest", experiments=2, dtype=torch.float32):
     padding = shape[-1] // 2
     mask, generator = random_mask(shape, density)
     pattern = TapPattern.of(mask)
@@ -37,12 +44,13 @@ def assert_equal(shape, size, *, density=0.3, mode="reflect", experiments=2, dty
 
     leaves = [normal(experiments, shape[1], *size), normal(experiments, len(index)), normal(experiments, shape[0])]
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    out = sparse_upsample_conv2d(*leaves[:2], pattern, leaves[2], padding=padding, padding_mode=mode)
+    options = {"padding": padding, "padding_mode": mode, "upsample": upsample}
+    out = sparse_upsample_conv2d(*leaves[:2], pattern, leaves[2], **options)
 
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
     flat = torch.zeros(experiments, mask.numel(), dtype=torch.float64)
     weight = flat.scatter(1, index.expand(experiments, -1), doubles[1]).view(experiments, *shape)
-    expected = dense(doubles[0], weight, doubles[2], padding, mode)
+    expected = dense(doubles[0], weight, doubles[2], padding, mode, upsample)
     assert out.shape == expected.shape
     gradient = normal(*out.shape)
     got = [out, *torch.autograd.grad(out, leaves, gradient)]
@@ -56,31 +64,42 @@ def assert_equal(shape, size, *, density=0.3, mode="reflect", experiments=2, dty
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 @pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("upsample", list(UPSAMPLE))
 @pytest.mark.parametrize("size", [(2, 3), (4, 4), (9, 23), (33, 65)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_shapes(instruction_set, kernel, mode, size, dtype):
-    assert_equal((5, 3, kernel, kernel), size, mode=mode, dtype=dtype)
+def test_shapes(instruction_set, kernel, mode, upsample, size, dtype):
+    assert_equal((5, 3, kernel, kernel), size, mode=mode, upsample=upsample, dtype=dtype)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.parametrize("upsample", list(UPSAMPLE))
+@pytest.mark.parametrize("mode", ["zeros", "replicate"])
+def test_one_row_or_one_column_and_the_largest_kernel(instruction_set, mode, upsample):
+    for size in ((1, 1), (1, 40), (40, 1), (3, 2)):
+        assert_equal((2, 2, 11, 11), size, mode=mode, upsample=upsample)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     channels=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     kernel=st.sampled_from([1, 3, 5]),
     size=st.tuples(st.integers(2, 30), st.integers(2, 40)),
     mode=st.sampled_from(list(MODES)),
+    upsample=st.sampled_from(list(UPSAMPLE)),
     density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     experiments=st.integers(1, 3),
 )
-def test_any_shape(channels, kernel, size, mode, density, experiments):
-    assert_equal((*channels, kernel, kernel), size, mode=mode, density=density, experiments=experiments)
+def test_any_shape(channels, kernel, size, mode, upsample, density, experiments):
+    given = {"mode": mode, "upsample": upsample, "density": density, "experiments": experiments}
+    assert_equal((*channels, kernel, kernel), size, **given)
 
 
 @pytest.mark.parametrize("size", [(5, 7), (70, 33)])
-def test_an_image_read_through_a_load(instruction_set, size):
+@pytest.mark.parametrize("upsample", [1, 2, 3])
+def test_an_image_read_through_a_load(instruction_set, size, upsample):
     torch.manual_seed(0)
     pattern = TapPattern.of(torch.rand(4, 3, 3, 3) < 0.4)
     inner = pattern.pattern
-    parts = (inner.taps, pattern.by_tap, pattern.tap_order, inner.by_input, inner.input_order, 4, 3, 3, 1, 1)
+    parts = (inner.taps, pattern.by_tap, pattern.tap_order, inner.by_input, inner.input_order, 4, 3, 3, 1, 1, upsample)
     x, load, values = torch.randn(2, 3, *size), torch.randn(2, 3, 5), torch.randn(2, len(inner.index))
     gradient = torch.randn(2, 4, 2 * size[0], 2 * size[1])
     ops, loaded = torch.ops.sparse_gen, torch.ops.sparse_gen.apply_load(x, load)
@@ -97,24 +116,28 @@ def test_gradcheck_and_opcheck():
     kept = len(pattern.pattern.index)
     leaves = [torch.randn(2, 2, 3, 4), torch.randn(2, kept), torch.randn(2, 3)]
     leaves = [leaf.double().requires_grad_() for leaf in leaves]
-    for mode in MODES:
+    for mode, upsample in itertools.product(MODES, UPSAMPLE):
 
-        def function(x, values, bias, mode=mode):
-            return sparse_upsample_conv2d(x, values, pattern, bias, padding=1, padding_mode=mode)
+        def function(x, values, bias, mode=mode, upsample=upsample):
+            return sparse_upsample_conv2d(x, values, pattern, bias, padding=1, padding_mode=mode, upsample=upsample)
 
         assert torch.autograd.gradcheck(function, leaves)
     inner = pattern.pattern
-    parts = (inner.taps, pattern.by_tap, pattern.tap_order, inner.by_input, inner.input_order, 3, 3, 3, 1, 1, None)
-    torch.library.opcheck(torch.ops.sparse_gen.sparse_upsample_conv2d, (*leaves, *parts))
     x, values, _ = (leaf.detach() for leaf in leaves)
     gradient = torch.randn(2, 3, 6, 8, dtype=torch.float64)
-    torch.library.opcheck(
-        torch.ops.sparse_gen.sparse_upsample_conv2d_backward, (gradient, x, values, *parts, True, True)
-    )
+    for kind in (1, 2, 3):
+        parts = (inner.taps, pattern.by_tap, pattern.tap_order, inner.by_input, inner.input_order)
+        parts += (3, 3, 3, 1, 1, kind, None)
+        torch.library.opcheck(torch.ops.sparse_gen.sparse_upsample_conv2d, (*leaves, *parts))
+        torch.library.opcheck(
+            torch.ops.sparse_gen.sparse_upsample_conv2d_backward, (gradient, x, values, *parts, True, True)
+        )
 
 
 @pytest.mark.parametrize("size", [(4, 5), (31, 33), (70, 71)])
-def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set, size):
+@pytest.mark.parametrize("upsample", list(UPSAMPLE))
+def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set, size, upsample):
+    options = {"padding": 1, "padding_mode": "reflect", "upsample": upsample}
     mask, generator = random_mask((16, 8, 3, 3), 0.3)
     pattern = TapPattern.of(mask)
     x = torch.randn(2, 8, *size, generator=generator).requires_grad_()
@@ -122,12 +145,12 @@ def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruct
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        out = sparse_upsample_conv2d(x, values, pattern, padding=1, padding_mode="reflect")
+        out = sparse_upsample_conv2d(x, values, pattern, **options)
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, values])])
     torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
-    alone = sparse_upsample_conv2d(x[1:], values[1:], pattern, padding=1, padding_mode="reflect")
+    alone = sparse_upsample_conv2d(x[1:], values[1:], pattern, **options)
     assert torch.equal(alone, results[0][0][1:])
 
 
@@ -140,6 +163,7 @@ def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruct
         ({"bias": torch.zeros(1, 2, dtype=torch.float64)}, "bias of torch.float32 on cpu like x"),
         ({"padding": 2}, "half its size as padding, got 3×3 and 2"),
         ({"padding_mode": "circular"}, "padding_mode out of zeros, reflect, replicate"),
+        ({"upsample": "bicubic"}, "upsample out of nearest, bilinear, bilinear_corners, got 'bicubic'"),
     ],
 )
 def test_bad_arguments(change, message):

@@ -1,58 +1,16 @@
 #include "masked_conv2d_taps.h"
 
 #include "matmul.h"
-#include "padding.h"
 #include "shuffle.h"
+#include "upsampling.h"
 
 namespace sparse_gen::SPARSE_GEN_ISA {
 
 namespace {
 
-// What one up-sampled position is made of: up to two small ones.
 template <class T>
-struct Sources {
-  int count = 0;
-  long long at[2];
-  T factor[2];
-};
-
-template <class T>
-inline Sources<T> sources_of(const TapConvolution& c, long long large, long long length) {
-  Sources<T> s;
-  const long long up = padded_origin(large, 2 * length, c.padding, c.mode);
-  if (up < 0) return s;
-  s.count = c.bilinear ? 2 : 1;
-  s.at[0] = up / 2;
-  s.factor[0] = c.bilinear ? T(0.75) : T(1);
-  if (c.bilinear) {
-    const long long other = up / 2 + (up % 2 ? 1 : -1);
-    s.at[1] = other < 0 ? 0 : other < length ? other : length - 1;
-    s.factor[1] = T(0.25);
-  }
-  return s;
-}
-
-constexpr int kMostTerms = 4 * kMostTaps + 8;
-
-// A sum of shifted rows.
-template <class T>
-struct Terms {
-  int count = 0;
-  const T* from[kMostTerms];
-  T factor[kMostTerms];
-
-  void add(const T* row, T by) {
-    from[count] = row;
-    factor[count++] = by;
-  }
-};
-
-template <class T, int Count>
-inline typename Vector<T>::type sum_at(const Terms<T>& terms, long long x, typename Vector<T>::type sum) {
-  const int count = Count ? Count : terms.count;
-#pragma GCC unroll 6
-  for (int n = 0; n < count; ++n) sum += terms.factor[n] * load_from(terms.from[n] + x);
-  return sum;
+inline Sources<T> sources(const TapConvolution& c, long long padded, long long length) {
+  return sources_of<T>(padded, length, c.padding, c.mode, c.bilinear ? kBilinear : kNearest);
 }
 
 template <class T, int Count>
@@ -94,7 +52,7 @@ struct Borders {
       column[columns++] = x;
       for (long long phase = 0; phase < 2; ++phase)
         for (long long kx = 0; kx < c.kernel; ++kx) {
-          const Sources<T> s = sources_of<T>(c, 2 * x + phase + kx - c.padding, c.width);
+          const Sources<T> s = sources<T>(c, 2 * x + phase + kx - c.padding, c.width);
           for (int n = 0; n < s.count; ++n) seen[count++] = {phase, x, kx, s.at[n], s.factor[n]};
         }
     }
@@ -139,7 +97,7 @@ void output(const TapConvolution& c, const TapHalves<T>& halves, T bias, long lo
   for (long long y = 2 * first; y < 2 * last; ++y) {
     Terms<T> terms;
     for (long long ky = 0; ky < c.kernel; ++ky) {
-      const Sources<T> s = sources_of<T>(c, y + ky - c.padding, c.height);
+      const Sources<T> s = sources<T>(c, y + ky - c.padding, c.height);
       for (int n = 0; n < s.count; ++n) terms.add(halves.row(ky, s.at[n]), s.factor[n]);
     }
     Terms<T> odd = terms;
@@ -170,7 +128,7 @@ Terms<T> rows_seeing(const TapConvolution& c, const T* grad_out, long long row, 
   Terms<T> terms;
   const long long near = 2 * row - ky + c.padding, reach = 2 * c.padding + 3;
   for (long long y = near - reach < 0 ? 0 : near - reach; y <= near + reach && y < 2 * c.height; ++y) {
-    const Sources<T> s = sources_of<T>(c, y + ky - c.padding, c.height);
+    const Sources<T> s = sources<T>(c, y + ky - c.padding, c.height);
     T factor = 0;
     for (int n = 0; n < s.count; ++n)
       if (s.at[n] == row) factor += s.factor[n];

@@ -1,9 +1,11 @@
-// Where padded positions come from. Plain integers, the same in every instruction set.
+// Where padded positions come from, and kinds of up-sampling. Plain integers, the same in every instruction set.
 #pragma once
 
 namespace sparse_gen {
 
 enum PaddingMode : long long { kPadZeros = 0, kPadReflect = 1, kPadReplicate = 2 };
+// Places in ops/convolution.py's UPSAMPLE.
+enum Upsampling : long long { kNearest = 1, kBilinear = 2, kBilinearCorners = 3 };
 
 namespace {
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "isa.h"
+#include "padding.h"
 
 namespace sparse_gen {
 
@@ -8,7 +9,7 @@ namespace sparse_gen {
 // without gaps, and strip s in slot s % slots of a plane.
 struct TapImage {
   long long height, width;  // of the small image
-  long long kernel_h, kernel_w, padding, mode;
+  long long kernel_h, kernel_w, padding, mode, upsample;
   long long strip_rows, strip_stride, slots;
 
   long long place(long long row) const {
@@ -16,13 +17,17 @@ struct TapImage {
   }
 };
 
-// Elements of scratch that the functions below need, for a kernel of kernel_w columns.
-inline long long tap_scratch(const TapImage& image) { return (image.kernel_w + 4) * (image.width + 16); }
+// Rows in the scratch of the functions below begin with kRowBefore elements and end with kRowBehind, which shifts by a
+// tap and whole vectors reach.
+constexpr long long kRowBefore = 16, kRowBehind = 32;
+inline long long tap_row(const TapImage& image) { return kRowBefore + image.width + kRowBehind; }
+// Elements that they need.
+inline long long tap_scratch(const TapImage& image) { return (2 * image.kernel_w + 6) * tap_row(image); }
 
 // clang-format off
 SPARSE_GEN_DECLARE(
   // Output rows 2 first .. 2 last - 1 of one channel: out (2 height × 2 width) = bias + every tap's plane up-sampled
-  // ×2 (nearest), padded and shifted by the tap. Plane (ky, kx) is the small image convolved with that tap's weights
+  // ×2, padded and shifted by the tap. Plane (ky, kx) is the small image convolved with that tap's weights
   // alone and begins at taps + (ky * kernel_w + kx) * plane_stride.
   void assemble_taps(const TapImage&, const float* taps, long long plane_stride, long long first, long long last,
                      float bias, float* out, float* scratch);

@@ -75,7 +75,7 @@ def analyse(network: nn.Module, mask, z: torch.Tensor) -> list[StageAnalysis]:
         live = left.live(value), left.live(node.inputs[0])
         reaching = int(left.weights.get(value, nothing).sum())
         # Every tap on the small image for an up-sampling; once a pooled pixel for a pool.
-        folded = pixels // 4 if node.op.upsample == "nearest" else pixels
+        folded = pixels if node.op.upsample is None else pixels // 4
         stages.append(
             StageAnalysis(
                 node.name, live[1] if live[0] else 0, node.op.shape[1], live[0], node.op.shape[0],

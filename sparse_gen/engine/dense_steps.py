@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from sparse_gen.engine.graph import Conv
-from sparse_gen.engine.steps import AutogradStep, Loaded, Step, ops, upsample
-from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES
+from sparse_gen.engine.steps import AutogradStep, Loaded, Step, ops
+from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES, upsampled
 from sparse_gen.ops.masked_conv2d import masked_conv2d_backward, masked_conv2d_forward
 from sparse_gen.ops.masked_conv2d_layouts import LAYOUTS, UPSAMPLE
 
@@ -60,7 +60,7 @@ class CornersConvStep(AutogradStep):
         self._conv = conv
 
     def compute(self, inputs, parameters):
-        x, weight, *bias = upsample(inputs[0], self._conv.upsample), *parameters
+        x, weight, *bias = upsampled(inputs[0], self._conv.upsample), *parameters
         mode = TORCH_MODES[PADDING_MODES.index(self._conv.padding_mode)]
         padded = F.pad(x, [self._conv.padding] * 4, mode=mode) if self._conv.padding else x
         return F.conv2d(padded, weight, bias[0] if bias else None)

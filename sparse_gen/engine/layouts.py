@@ -48,10 +48,8 @@ def candidates(stage: ConvStage) -> list[str]:
         kept = ["sparse"]
         if 0 < density < 1 and block_of(stage.mask) is not None:
             kept.insert(0, "blocks")
-    elif conv.upsample == "nearest":
-        kept = ["taps", "upsampled sparse"]
     else:
-        kept = ["upsampled sparse"]
+        kept = ["taps", "upsampled sparse"]
     dense = _dense_candidates(stage)
     return dense + kept if density > DENSEST else kept + dense
 

@@ -10,10 +10,9 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from sparse_gen.engine.graph import Call, Conv, Norm, Parameter, Value
-from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES
+from sparse_gen.ops.convolution import PADDING_MODES, UPSAMPLE, upsampled
 from sparse_gen.ops.sparse_conv2d import SparsePattern, phases
 from sparse_gen.ops.sparse_upsample_conv2d import TapPattern
 
@@ -273,7 +272,8 @@ class TapConvStep(Step):
         pattern = taps.pattern
         out_channels, _, kernel_h, kernel_w = mask.shape
         self._pattern = (pattern.taps, taps.by_tap, taps.tap_order, pattern.by_input, pattern.input_order)
-        self._pattern += (out_channels, kernel_h, kernel_w, conv.padding, PADDING_MODES.index(conv.padding_mode))
+        mode, kind = PADDING_MODES.index(conv.padding_mode), UPSAMPLE.index(conv.upsample)
+        self._pattern += (out_channels, kernel_h, kernel_w, conv.padding, mode, kind)
 
     def forward(self, inputs, parameters, trains):
         given = inputs[0] if isinstance(inputs[0], Loaded) else Loaded(inputs[0].contiguous(), None)
@@ -299,19 +299,12 @@ class UpsampledSparseConvStep(Step):
         self._kind, self._inner = conv.upsample, SparseConvStep(conv, mask)
 
     def forward(self, inputs, parameters, trains):
-        y, _ = self._inner.forward([upsample(inputs[0], self._kind)], parameters, trains)
+        y, _ = self._inner.forward([upsampled(inputs[0], self._kind)], parameters, trains)
         return y, inputs[0]
 
     def backward(self, gradient, kept, parameters, needs):
         with torch.enable_grad():
             small = kept.detach().requires_grad_(needs[0])
-            large = upsample(small, self._kind)
+            large = upsampled(small, self._kind)
         grads, own = self._inner.backward(gradient, large.detach(), parameters, needs)
         return [torch.autograd.grad(large, small, grads[0])[0] if needs[0] else None], own
-
-
-def upsample(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """×2, of `Conv.upsample`'s kind."""
-    if kind == "nearest":
-        return F.interpolate(x, scale_factor=2, mode="nearest")
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=kind == "bilinear_corners")

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional as F
 
 from sparse_gen.ops.dispatch import LIBRARY, register_operator
 from sparse_gen.ops.norm_load import apply_load_reference
 
 PADDING_MODES = ("zeros", "reflect", "replicate")
 TORCH_MODES = ("constant", "reflect", "replicate")
+UPSAMPLE = (None, "nearest", "bilinear", "bilinear_corners")
+
+
+def upsampled(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """The image x (E, C, h, w) up-sampled ×2; kind out of UPSAMPLE, "bilinear_corners" with its corners aligned."""
+    if kind == "nearest":
+        return F.interpolate(x, scale_factor=2, mode="nearest")
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=kind == "bilinear_corners")
 
 
 def register_sparse_convolution(

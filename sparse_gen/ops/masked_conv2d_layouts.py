@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
+from sparse_gen.ops import convolution
 from sparse_gen.ops.convolution import TORCH_MODES
 
-UPSAMPLE = (None, "nearest", "bilinear")
+UPSAMPLE = convolution.UPSAMPLE[:3]  # bilinear with its corners aligned is left to PyTorch
 LAYOUTS = ("auto", "direct", "taps", "phase", "gemm", "tiles")
 
 aten = torch.ops.aten
