@@ -10,9 +10,10 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from sparse_gen.engine.graph import Call, Conv, Norm, Parameter, Value
-from sparse_gen.ops.convolution import PADDING_MODES, UPSAMPLE, upsampled
+from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES, UPSAMPLE, upsampled
 from sparse_gen.ops.sparse_conv2d import SparsePattern, phases
 from sparse_gen.ops.sparse_upsample_conv2d import TapPattern
 
