@@ -83,8 +83,9 @@ def test_every_operator_says_where_it_runs():
 
 def test_every_triton_launcher_takes_what_its_operator_takes():
     pytest.importorskip("triton", reason="triton is not installed")
+    cpu_only = {f"masked_conv2d_{layout}{way}" for layout in ("taps", "tiles") for way in ("", "_backward")}
     for name, stem in dispatch._stems.items():
-        if find_spec(f"sparse_gen.kernels.{stem}"):
+        if find_spec(f"sparse_gen.kernels.{stem}") and name not in cpu_only:
             launcher = getattr(import_module(f"sparse_gen.kernels.{stem}"), name)
             schema = getattr(torch.ops.sparse_gen, name).default._schema
             assert len(signature(launcher).parameters) == len(schema.arguments), name

@@ -22,14 +22,15 @@ _stems: dict[str, str] = {}
 
 
 @cache
-def _triton_missing(stem: str) -> str | None:
+def _triton_missing(stem: str, name: str) -> str | None:
     if util.find_spec("triton") is None:
         return "triton is not installed (it exists for Linux on x86-64)"
     if util.find_spec("sparse_gen.kernels") is None:
         return "sparse_gen.kernels is missing: sparse_gen was imported from its source folder, not installed"
     if util.find_spec(f"sparse_gen.kernels.{stem}") is None:
         return "it has no Triton kernel yet"
-    return None
+    # A stem may have operators for the CPU alone beside its own.
+    return None if hasattr(import_module(f"sparse_gen.kernels.{stem}"), name) else "it has no Triton kernel"
 
 
 def register_operator(schema: str, *, reference: Callable, fake: Callable, stem: str | None = None) -> None:
@@ -49,7 +50,7 @@ def register_operator(schema: str, *, reference: Callable, fake: Callable, stem:
     def run_triton(*args):
         # On a GPU float64 is for checking numbers, which is what the reference is for.
         in_double = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args)
-        if in_double or _triton_missing(stem):
+        if in_double or _triton_missing(stem, name):
             return reference(*args)
         return getattr(import_module(f"sparse_gen.kernels.{stem}"), name)(*args)
 
@@ -76,5 +77,5 @@ def backends(operator: str) -> dict[str, str | None]:
     return {
         "reference": None,
         "cpu": status().reason,
-        "triton": _triton_missing(_stems[operator]) or cuda_missing,
+        "triton": _triton_missing(_stems[operator], operator) or cuda_missing,
     }
