@@ -10,6 +10,7 @@
 #include "cpu/sparse_rows.h"
 #include "load.h"
 #include "scratch.h"
+#include "sparse_cut.h"
 #include "sparse_table.h"
 
 namespace sparse_gen {
@@ -18,59 +19,6 @@ namespace {
 
 // Slots of scratch memory: the first are filled before the threads start, the others are each thread's own.
 enum Slot { kTable, kValues, kShared, kPartial, kSource, kResult, kGradient, kSums };
-
-// How one pass over a layer is cut up. Rows are cut into strips, source channels into blocks: a block's copies are made
-// just before they are used, and stay in the cache while every group of weights passes over them. An image of few
-// positions is one strip, and its channels are dealt to the threads.
-struct Cut {
-  bool shifted;  // one copy a kernel column, read in aligned loads, or a single one
-  int64_t copies, width, pitch, strip_rows, strips, result_stride;
-  int64_t block, blocks;
-  int64_t channel_stride;  // of the copies
-  Tiles tiles;
-};
-
-// One pass: the result's planes, and how many more rows and columns it reads than it writes.
-struct Pass {
-  int64_t height, width, halo_h, halo_w;
-  int64_t shifted_copies, single_copies, row_phases;  // of a source channel
-  int64_t channels, kept, groups;
-};
-
-template <class T>
-constexpr int64_t kInLine = kLine / sizeof(T);
-
-template <class T>
-int64_t whole_lines(int64_t count) {
-  return (count + kInLine<T> - 1) / kInLine<T> * kInLine<T>;
-}
-
-template <class T>
-Cut cut(const Pass& p) {
-  constexpr int64_t line = kInLine<T>;
-  Cut c;
-  // Measured on layers of 3 to 70 kept weights a shifted row.
-  c.shifted = p.kept >= 24 * p.channels * p.shifted_copies * p.row_phases;
-  c.copies = c.shifted ? p.shifted_copies : p.single_copies;
-  c.width = p.width + (c.shifted ? 0 : p.halo_w);
-  // Whole lines leave the loads of a single copy's first column aligned, if they make rows little longer.
-  c.pitch = whole_lines<T>(c.width);
-  if (!c.shifted && 8 * c.pitch > 9 * c.width) c.pitch = c.width;
-  const bool small = p.height * c.pitch <= 32 * line;
-  // The rows above and below a strip are copied with it.
-  const int64_t tile_rows = std::max<int64_t>(1, 8 * line / c.pitch);
-  c.strip_rows = small ? p.height : std::min<int64_t>(p.height, std::max<int64_t>(2 * p.halo_h, 8 * line / c.pitch) + (p.halo_h == 0));
-  c.strips = (p.height + c.strip_rows - 1) / c.strip_rows;
-  c.result_stride = (whole_lines<T>(c.strip_rows * c.pitch) / line | 1) * line;
-  const int64_t in_tile = c.copies * p.row_phases * (tile_rows + p.halo_h) * std::min<int64_t>(c.pitch, 8 * line) * sizeof(T);
-  // Measured: a block of sources may fill 32 KiB, and is to give each group ten weights.
-  const int64_t weights = std::max<int64_t>(1, p.kept / p.groups);
-  c.block = std::clamp<int64_t>(std::max<int64_t>(32768 / in_tile, (10 * p.channels + weights - 1) / weights), 1, p.channels);
-  c.blocks = (p.channels + c.block - 1) / c.block;
-  c.channel_stride = c.copies * p.row_phases * (c.strip_rows + p.halo_h) * c.pitch;
-  c.tiles = small ? Tiles::alone : Tiles::narrow;
-  return c;
-}
 
 // One experiment's image: rows may lie apart.
 template <class T>
@@ -342,7 +290,8 @@ Image<T> image_of(const Tensor& x, const std::optional<Tensor>& load, int64_t ex
 
 }  // namespace
 
-// x (E, in, H, W), whose rows may lie apart: what lies between them is read, and must be finite. values (E, kept), bias (E, out) or none, taps (4, kept), by_output (out + 1,).
+// x (E, in, H, W), whose rows may lie apart: what lies between them is read, and must be finite; values (E, kept), bias
+// (E, out) or none, taps (4, kept), by_output (out + 1,), load (E, in, 5) or none.
 Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias, const Tensor& taps,
                      const Tensor& by_output, const Tensor& /*by_input*/, const Tensor& /*input_order*/,
                      int64_t out_channels, int64_t kernel_h, int64_t kernel_w, int64_t stride, int64_t padding,
@@ -369,11 +318,13 @@ std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad_out, const 
                                                   const Tensor& taps, const Tensor& by_output, const Tensor& by_input,
                                                   const Tensor& input_order, int64_t out_channels, int64_t kernel_h,
                                                   int64_t kernel_w, int64_t stride, int64_t padding, int64_t mode,
-                                                  const std::optional<Tensor>& load, bool needs_grad_x, bool needs_grad_values) {
+                                                  const std::optional<Tensor>& load, bool needs_grad_x,
+                                                  bool needs_grad_values) {
   const ConvShape shape = shape_of(x, out_channels, kernel_h, kernel_w, stride, padding, mode);
   const int64_t kept = values.size(1), plane = out_channels * shape.out_h() * shape.out_w();
   const int64_t image = shape.in_channels * shape.height * shape.width;
-  Tensor grad_x = needs_grad_x ? torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type()) : torch::stable::empty({0}, x.scalar_type());
+  Tensor grad_x = needs_grad_x ? torch::stable::empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type())
+                               : torch::stable::empty({0}, x.scalar_type());
   Tensor grad_values = needs_grad_values ? torch::stable::empty_like(values) : torch::stable::empty({0}, x.scalar_type());
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
