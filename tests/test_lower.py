@@ -46,7 +46,7 @@ def test_hourglass(upsample, size):
     down = ["conv5 reflect pool", "norm 0.2", "conv5 reflect", "norm 0.2"]
     up = {
         "nearest": ["norm", "nearest conv3 reflect", "norm 0.2"],
-        "bilinear": ["upsample_bilinear2d", "norm", "conv3 reflect", "norm 0.2"],
+        "bilinear": ["norm", "bilinear conv3 reflect", "norm 0.2"],
     }[upsample]
     extended = size == (27, 34)
     around = (["index_select"] * 2, ["slice"] * 2) if extended else ([], [])
@@ -69,9 +69,9 @@ def test_skip(downsample, upsample, padding, skips, pointwise):
     first = {"stride": [f"conv3 {mode} /2"], "avg": [f"conv3 {mode} pool"], "max": [f"conv3 {mode}", "max_pool2d"]}
     found = stages(net, z)
     assert "".join(first[downsample]) in "".join(found)
-    # The convolution after the up-sampling reads a concatenation or a normalisation: nothing to fold but nearest.
-    folded = upsample == "nearest" and 0 in (skips if isinstance(skips, tuple) else (skips,))
-    assert any(word.startswith("nearest conv") for word in found) == folded
+    # A normalisation goes in front of the up-sampling; a convolution of a concatenation has nothing to fold.
+    folded = 0 in (skips if isinstance(skips, tuple) else (skips,))
+    assert any(word.startswith(f"{upsample} conv") for word in found) == folded
     known = {"index_select", "slice", "sigmoid", f"upsample_{upsample}2d", *["max_pool2d"] * (downsample == "max")}
     assert {call.partition(".")[0] for call in plain_calls(net, z)} <= known
     for density in (0.1, 0.6):

@@ -53,12 +53,19 @@ class Conv:
 
 @dataclass(frozen=True)
 class Norm:
-    """Batch normalisation by the image's own statistics, then LeakyReLU (slope 1: none, 0: ReLU)."""
+    """Batch normalisation by the image's own statistics, then LeakyReLU (slope 1: none, 0: ReLU).
+
+    Attributes:
+        gamma, beta: parameter names.
+        upsample: None, or "bilinear" or "bilinear_corners": the statistics are those of the image so up-sampled ×2,
+            though it is not; then without activation.
+    """
 
     gamma: str
     beta: str
     eps: float
     slope: float
+    upsample: str | None = None
 
 
 @dataclass(frozen=True)

@@ -175,10 +175,15 @@ class _Builder:
         kind, small = self._before_upsampling(self.values[x])
         if kind == "nearest" and len(x.users) == 1:
             # Normalising commutes with repeating every pixel: a quarter of the work, and the same statistics.
-            upsampling = self.nodes[self.values[x] - 1].op
-            self._append(node, norm, (small,), self._shapes[small])
-            return self._upsample_again(node, upsampling)
-        return self._append(node, norm, (self.values[x],))
+            moved = norm
+        elif kind is not None and kind != "nearest" and all(_is_convolution(user) for user in node.users):
+            # Its map commutes with interpolation, which has weights of sum 1; its statistics do not.
+            moved = replace(norm, upsample=kind)
+        else:
+            return self._append(node, norm, (self.values[x],))
+        upsampling = self.nodes[self.values[x] - 1].op
+        self._append(node, moved, (small,), self._shapes[small])
+        return self._upsample_again(node, upsampling)
 
     def _upsample_again(self, node: fx.Node, call: Call) -> bool:
         """Put an up-sampling behind what was last added for a node."""
@@ -329,6 +334,13 @@ def _named_padding(name: str, shape: tuple[int, ...], dilation) -> list[int] | N
 def _pair(value) -> list[int]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return values * 2 if len(values) == 1 else values
+
+
+def _is_convolution(node: fx.Node) -> bool:
+    """Whether this is a convolution, or padding that only convolutions read."""
+    if node.target is aten.pad.default:
+        return all(user.target is aten.conv2d.default for user in node.users)
+    return node.target in (aten.conv2d.default, aten.conv2d.padding)
 
 
 def _is_plain_padding(node: fx.Node) -> bool:

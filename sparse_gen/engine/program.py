@@ -14,6 +14,7 @@ from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.layouts import ConvStage, make_step
 from sparse_gen.engine.slots import Slots
 from sparse_gen.engine.steps import CallStep, ConcatStep, NormHeadStep, NormLoadStep, NormStep, SigmoidStep, Step
+from sparse_gen.engine.upsampled_norm import UpsampledNormStep
 from sparse_gen.ops.norm_head import MOST_CHANNELS
 
 # Chooses the layout of a convolution.
@@ -90,7 +91,7 @@ class Program:
                 self._add_weight(node.op, value, channels[inputs[0]], live, places, stage.mask if sparse else None)
                 wanted = [channels[inputs[0]]]
             elif isinstance(node.op, Norm):
-                step = NormStep(node.op)
+                step = NormStep(node.op) if node.op.upsample is None else UpsampledNormStep(node.op, leaves_load=False)
                 for name in (node.op.gamma, node.op.beta):
                     self._slots.add(places[name][live])
             elif isinstance(node.op, Select):
@@ -230,6 +231,9 @@ def _leave_norms_to_readers(stages: list[_Stage]) -> list[_Stage]:
     by_value = {stage.value: stage for stage in stages}
     for stage in stages:
         if stage.norm is None or not can_be_left(stage):
+            continue
+        if stage.norm.upsample is not None:
+            made[stage.value] = replace(stage, step=UpsampledNormStep(stage.norm, leaves_load=True))
             continue
         before = by_value.get(stage.inputs[0])
         pair = before is not None and before.norm is not None and readers[before.value] == [stage]
