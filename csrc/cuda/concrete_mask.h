@@ -2,6 +2,8 @@
 // null.
 #pragma once
 
+#include <cmath>
+
 namespace sparse_gen::cuda {
 
 // (E, N) arrays; weights lie weight_stride apart, which is 0 where all experiments share them.
@@ -32,7 +34,10 @@ struct Draw {
 struct AdamNumbers {
   double kl_weight, log_prior_odds, lr, log_beta1, log_beta2, decay1, decay2, eps;
 
-  static AdamNumbers of(double kl_weight, double prior, double lr, double beta1, double beta2, double eps);
+  static AdamNumbers of(double kl_weight, double prior, double lr, double beta1, double beta2, double eps) {
+    const double log_prior_odds = std::log(prior) - std::log1p(-prior);
+    return {kl_weight, log_prior_odds, lr, std::log(beta1), std::log(beta2), 1 - beta1, 1 - beta2, eps};
+  }
 };
 
 template <class T>

@@ -9,10 +9,6 @@
 
 namespace sparse_gen::cuda {
 
-inline AdamNumbers AdamNumbers::of(double kl_weight, double prior, double lr, double beta1, double beta2, double eps) {
-  return {kl_weight, std::log(prior) - std::log1p(-prior), lr, std::log(beta1), std::log(beta2), 1 - beta1, 1 - beta2, eps};
-}
-
 template <class T>
 struct alignas(4 * sizeof(T)) Four {
   T at[4];
@@ -43,6 +39,13 @@ SPARSE_GEN_HD Four<T> load_four(const T* from, int count) {
 template <bool kWhole, class T>
 SPARSE_GEN_HD void store_four(T* to, const Four<T>& four, int count) {
   if constexpr (kWhole) {
+#ifdef __CUDA_ARCH__
+    // nvcc 13.0 turns an assignment into four stores, a float4's too; this stays one.
+    if constexpr (sizeof(T) == 4) {
+      __stwb(reinterpret_cast<float4*>(to), make_float4(four.at[0], four.at[1], four.at[2], four.at[3]));
+      return;
+    }
+#endif
     *reinterpret_cast<Four<T>*>(to) = four;
   } else {
     for (int i = 0; i < 4; ++i)

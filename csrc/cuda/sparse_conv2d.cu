@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) convolve(const Body b
 }
 
 template <class Body>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) weight_gradient(const Body body) {
+__global__ void __launch_bounds__(kThreads, kGradientBlocksAtOnce) weight_gradient(const Body body) {
   const int lane = threadIdx.x % kWarp;
   typename Body::State state;
   body.begin(blockIdx.x, lane, state);
