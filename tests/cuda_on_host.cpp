@@ -33,14 +33,14 @@ std::vector<T> poisoned(long long count) {
 }
 
 // The kernel `convolve` of sparse_conv2d.cu.
-template <class T, class Body>
+template <class Body>
 void convolve(const Body& body) {
   for (long long block = 0; block < body.blocks(); ++block) {
     std::vector<typename Body::State> states(kThreads);
     for (int t = 0; t < kThreads; ++t) body.begin((int)block, t, states[t]);
     for (int step = 0; step < states[0].group.steps(); ++step) {
-      Taps<T> shared;
-      std::memset(&shared, 0xff, sizeof shared);
+      typename Body::Shared shared;
+      std::memset((void*)&shared, 0xff, sizeof shared);
       for (int t = 0; t < kThreads; ++t) body.stage(t, step, states[t], shared);
       for (int t = 0; t < kThreads; ++t) body.accumulate(step, shared, states[t]);
     }
@@ -65,12 +65,16 @@ void weight_gradient(const Body& body) {
   }
 }
 
-template <class T, int ConvPixels, int GradientPixels>
+template <class T, int ConvPixels, int GradientPixels, class Loads>
 void convolution(const std::vector<int>& n) {
   const ConvShape s{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10]};
+  const int row = s.width + n[11], plane = s.height * row + n[11];  // what lies between rows and planes
   const long long size = (long long)s.experiments * s.in_channels * s.plane();
   const long long out_size = (long long)s.experiments * s.out_channels * s.out_plane();
-  const auto x = input<T>(size), values = input<T>((long long)s.experiments * s.kept);
+  const auto pixels = input<T>((long long)s.experiments * s.in_channels * plane);
+  const auto loads = input<T>((long long)s.experiments * s.in_channels * 5);
+  const Image<T> x{pixels.data(), loads.data(), (long long)s.in_channels * plane, plane, row};
+  const auto values = input<T>((long long)s.experiments * s.kept);
   const auto bias = input<T>((long long)s.experiments * s.out_channels), gradient = input<T>(out_size);
   const auto taps = input<int>(4LL * s.kept);
   const auto by_output = input<long long>(s.out_channels + 1);
@@ -79,10 +83,10 @@ void convolution(const std::vector<int>& n) {
   const ConvPattern pattern{taps.data(), by_output.data(), by_input.data(), order.data()};
 
   auto out = poisoned<T>(out_size), grad_x = poisoned<T>(size), grad_values = poisoned<T>(values.size());
-  convolve<T>(ForwardBlock<T, ConvPixels>{s, pattern, x.data(), values.data(), bias.data(), out.data()});
-  convolve<T>(InputGradientBlock<T, ConvPixels>{s, pattern, gradient.data(), values.data(), grad_x.data()});
+  convolve(ForwardBlock<T, ConvPixels, Loads>{s, pattern, x, values.data(), bias.data(), out.data()});
+  convolve(InputGradientBlock<T, ConvPixels>{s, pattern, gradient.data(), values.data(), grad_x.data()});
 
-  WeightGradientWarp<T, GradientPixels> body{s, pattern, gradient.data(), x.data(), nullptr};
+  WeightGradientWarp<T, GradientPixels, Loads> body{s, pattern, gradient.data(), x, nullptr};
   const int chunks = body.chunks();
   auto partial = poisoned<T>((long long)s.experiments * chunks * s.kept);
   body.partial = partial.data();
@@ -140,8 +144,10 @@ void mask(const std::vector<int>& n) {
 
 template <class T>
 void run(const std::string& name, const std::vector<int>& numbers) {
-  if (name == "few_pixels") return convolution<T, kFewConvPixels, kFewGradientPixels>(numbers);
-  if (name == "many_pixels") return convolution<T, kManyConvPixels, kManyGradientPixels>(numbers);
+  if (name == "few_pixels") return convolution<T, kFewConvPixels, kFewGradientPixels, NoLoad<T>>(numbers);
+  if (name == "many_pixels") return convolution<T, kManyConvPixels, kManyGradientPixels, NoLoad<T>>(numbers);
+  if (name == "few_pixels_loaded") return convolution<T, kFewConvPixels, kFewGradientPixels, Load<T>>(numbers);
+  if (name == "many_pixels_loaded") return convolution<T, kManyConvPixels, kManyGradientPixels, Load<T>>(numbers);
   mask<T>(numbers);
 }
 

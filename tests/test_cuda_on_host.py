@@ -18,6 +18,7 @@ from sparse_gen.ops.concrete_mask import (
     concrete_mask_reference,
     concrete_mask_update_reference,
 )
+from sparse_gen.ops.norm_load import apply_load_reference
 from sparse_gen.ops.philox import Stream
 from sparse_gen.ops.sparse_conv2d import SparsePattern, sparse_conv2d_reference
 
@@ -59,7 +60,9 @@ def assert_near(got, want, tolerance):
     assert (got.double() - want).norm() <= tolerance * want.norm() + 1e-300
 
 
-def assert_convolution(program, name, shape, size, *, stride, padding, mode, dtype, density=0.4, experiments=2):
+def assert_convolution(
+    program, name, shape, size, *, stride, padding, mode, dtype, density=0.4, experiments=2, apart=0
+):
     generator = torch.Generator().manual_seed(0)
     pattern = SparsePattern.of(torch.rand(shape, generator=generator) < density, stride)
     kept, mode = len(pattern.index), MODES.index(mode)
@@ -68,14 +71,20 @@ def assert_convolution(program, name, shape, size, *, stride, padding, mode, dty
         return torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype)
 
     x, values, bias = normal(experiments, shape[1], *size), normal(experiments, kept), normal(experiments, shape[0])
-    leaves = [t.double().requires_grad_() for t in (x, values, bias)]
+    load = normal(experiments, shape[1], 5)
+    seen = apply_load_reference(x.double(), load.double()) if name.endswith("loaded") else x.double()
+    leaves = [t.requires_grad_() for t in (seen, values.double(), bias.double())]
     parts = (pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order)
     expected = sparse_conv2d_reference(*leaves, *parts, shape[0], *shape[2:], stride, padding, mode)
     gradient = normal(*expected.shape)
     grad_x, grad_values = torch.autograd.grad(expected, leaves[:2], gradient.double())
     want = [expected.detach(), grad_x, grad_values]
-    numbers = (experiments, shape[1], *size, shape[0], *shape[2:], stride, padding, mode, kept)
-    got = run(program, name, dtype, numbers, [x, values, bias, gradient, *parts], [w.shape for w in want])
+    numbers = (experiments, shape[1], *size, shape[0], *shape[2:], stride, padding, mode, kept, apart)
+    # Nothing is to be read between the rows and planes that lie apart.
+    image = torch.full((experiments, shape[1], size[0] * (size[1] + apart) + apart), torch.nan, dtype=dtype)
+    rows = image[..., : size[0] * (size[1] + apart)].unflatten(-1, (size[0], -1))
+    rows[..., : size[1]] = x
+    got = run(program, name, dtype, numbers, [image, load, values, bias, gradient, *parts], [w.shape for w in want])
     for g, w in zip(got, want, strict=True):
         assert_near(g, w, TOLERANCE[dtype])
 
@@ -89,6 +98,16 @@ def test_sparse_conv2d(program, pixels, mode, stride, kernel):
     for size, dtype in (((9, 23), torch.float64), ((33, 50), torch.float32)):
         assert_convolution(
             program, pixels, (3, 4, *kernel), size, stride=stride, padding=kernel[0] // 2, mode=mode, dtype=dtype
+        )
+
+
+@pytest.mark.parametrize("pixels", ["few_pixels_loaded", "many_pixels_loaded"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_sparse_conv2d_through_a_load_and_of_rows_that_lie_apart(program, pixels, mode, stride):
+    for size, dtype in (((9, 23), torch.float64), ((33, 50), torch.float32)):
+        assert_convolution(
+            program, pixels, (3, 4, 3, 3), size, stride=stride, padding=1, mode=mode, dtype=dtype, apart=3
         )
 
 

@@ -11,7 +11,7 @@ namespace sparse_gen::cuda {
 template <class Kernel, class... Arguments>
 const char* launch(Kernel kernel, long long blocks, int threads, void* stream, const Arguments&... arguments) {
   if (blocks == 0) return nullptr;
-  if (blocks > 0x7fffffffLL) return "expected at most 2147483647 blocks of pixels, got more: use fewer experiments at once";
+  if (blocks > 0x7fffffffLL) return "expected at most 2147483647 blocks, got more: use fewer experiments at once";
   kernel<<<(unsigned)blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

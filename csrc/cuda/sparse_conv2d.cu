@@ -7,9 +7,9 @@ namespace sparse_gen::cuda {
 
 namespace {
 
-template <class Body, class T>
+template <class Body>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) convolve(const Body body) {
-  __shared__ Taps<T> shared;
+  __shared__ typename Body::Shared shared;
   typename Body::State state;
   body.begin(blockIdx.x, threadIdx.x, state);
   const int steps = state.group.steps();
@@ -41,59 +41,74 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) add_chunks(const T* p
   to[i] = sum_of_chunks(partial + i / kept * chunks * kept + i % kept, chunks, kept);
 }
 
-template <template <class, int> class Block, class T, class... Pointers>
-const char* launch_convolution(int pixels, void* stream, const ConvShape& shape, const ConvPattern& pattern,
-                               Pointers... pointers) {
-  const auto launch_body = [&](const auto& body) {
-    return launch(convolve<std::decay_t<decltype(body)>, T>, body.blocks(), kThreads, stream, body);
-  };
-  if (many_pixels(pixels)) return launch_body(Block<T, kManyConvPixels>{shape, pattern, pointers...});
-  return launch_body(Block<T, kFewConvPixels>{shape, pattern, pointers...});
+template <class Body>
+const char* launch_convolution(const Body& body, void* stream) {
+  return launch(convolve<Body>, body.blocks(), kThreads, stream, body);
+}
+
+template <class Loads, class T>
+const char* forward(const ConvShape& s, const ConvPattern& p, const Image<T>& x, const T* values, const T* bias, T* out,
+                    void* stream) {
+  if (many_pixels(s.out_plane()))
+    return launch_convolution(ForwardBlock<T, kManyConvPixels, Loads>{s, p, x, values, bias, out}, stream);
+  return launch_convolution(ForwardBlock<T, kFewConvPixels, Loads>{s, p, x, values, bias, out}, stream);
 }
 
 template <class T>
-const char* backward_values(const ConvShape& shape, const ConvPattern& pattern, const T* grad_out, const T* x,
-                            T* partial, T* grad_values, void* stream) {
-  if (shape.kept == 0) return nullptr;
+const char* backward_x(const ConvShape& s, const ConvPattern& p, const T* grad_out, const T* values, T* grad_x,
+                       void* stream) {
+  if (many_pixels(s.plane()))
+    return launch_convolution(InputGradientBlock<T, kManyConvPixels>{s, p, grad_out, values, grad_x}, stream);
+  return launch_convolution(InputGradientBlock<T, kFewConvPixels>{s, p, grad_out, values, grad_x}, stream);
+}
+
+template <class Loads, class T>
+const char* backward_values(const ConvShape& s, const ConvPattern& p, const T* grad_out, const Image<T>& x, T* partial,
+                            T* grad_values, void* stream) {
+  if (s.kept == 0) return nullptr;
   const auto launch_body = [&](auto body) -> const char* {
     const int chunks = body.chunks();
     if (chunks == 1) body.partial = grad_values;
     const char* error = launch(weight_gradient<decltype(body)>, body.blocks(), kThreads, stream, body);
     if (error || chunks == 1) return error;
-    const long long count = (long long)shape.experiments * shape.kept;
+    const long long count = (long long)s.experiments * s.kept;
     return launch(add_chunks<T>, round_up_quotient(count, (long long)kThreads), kThreads, stream, (const T*)partial,
-                  chunks, shape.kept, count, grad_values);
+                  chunks, s.kept, count, grad_values);
   };
-  if (many_pixels(shape.out_plane()))
-    return launch_body(WeightGradientWarp<T, kManyGradientPixels>{shape, pattern, grad_out, x, partial});
-  return launch_body(WeightGradientWarp<T, kFewGradientPixels>{shape, pattern, grad_out, x, partial});
+  if (many_pixels(s.out_plane()))
+    return launch_body(WeightGradientWarp<T, kManyGradientPixels, Loads>{s, p, grad_out, x, partial});
+  return launch_body(WeightGradientWarp<T, kFewGradientPixels, Loads>{s, p, grad_out, x, partial});
 }
 
 }  // namespace
 
-const char* sparse_conv2d_forward(const ConvShape& s, const ConvPattern& p, const float* x, const float* values,
+const char* sparse_conv2d_forward(const ConvShape& s, const ConvPattern& p, const Image<float>& x, const float* values,
                                   const float* bias, float* out, void* stream) {
-  return launch_convolution<ForwardBlock, float>(s.out_plane(), stream, s, p, x, values, bias, out);
-}
-const char* sparse_conv2d_forward(const ConvShape& s, const ConvPattern& p, const double* x, const double* values,
-                                  const double* bias, double* out, void* stream) {
-  return launch_convolution<ForwardBlock, double>(s.out_plane(), stream, s, p, x, values, bias, out);
+  return x.load ? forward<Load<float>>(s, p, x, values, bias, out, stream)
+                : forward<NoLoad<float>>(s, p, x, values, bias, out, stream);
 }
 const char* sparse_conv2d_backward_x(const ConvShape& s, const ConvPattern& p, const float* grad_out,
                                      const float* values, float* grad_x, void* stream) {
-  return launch_convolution<InputGradientBlock, float>(s.plane(), stream, s, p, grad_out, values, grad_x);
+  return backward_x(s, p, grad_out, values, grad_x, stream);
+}
+const char* sparse_conv2d_backward_values(const ConvShape& s, const ConvPattern& p, const float* grad_out,
+                                          const Image<float>& x, float* partial, float* grad_values, void* stream) {
+  return x.load ? backward_values<Load<float>>(s, p, grad_out, x, partial, grad_values, stream)
+                : backward_values<NoLoad<float>>(s, p, grad_out, x, partial, grad_values, stream);
+}
+const char* sparse_conv2d_forward(const ConvShape& s, const ConvPattern& p, const Image<double>& x, const double* values,
+                                  const double* bias, double* out, void* stream) {
+  return x.load ? forward<Load<double>>(s, p, x, values, bias, out, stream)
+                : forward<NoLoad<double>>(s, p, x, values, bias, out, stream);
 }
 const char* sparse_conv2d_backward_x(const ConvShape& s, const ConvPattern& p, const double* grad_out,
                                      const double* values, double* grad_x, void* stream) {
-  return launch_convolution<InputGradientBlock, double>(s.plane(), stream, s, p, grad_out, values, grad_x);
-}
-const char* sparse_conv2d_backward_values(const ConvShape& s, const ConvPattern& p, const float* grad_out,
-                                          const float* x, float* partial, float* grad_values, void* stream) {
-  return backward_values(s, p, grad_out, x, partial, grad_values, stream);
+  return backward_x(s, p, grad_out, values, grad_x, stream);
 }
 const char* sparse_conv2d_backward_values(const ConvShape& s, const ConvPattern& p, const double* grad_out,
-                                          const double* x, double* partial, double* grad_values, void* stream) {
-  return backward_values(s, p, grad_out, x, partial, grad_values, stream);
+                                          const Image<double>& x, double* partial, double* grad_values, void* stream) {
+  return x.load ? backward_values<Load<double>>(s, p, grad_out, x, partial, grad_values, stream)
+                : backward_values<NoLoad<double>>(s, p, grad_out, x, partial, grad_values, stream);
 }
 
 long long sparse_conv2d_partial_size(const ConvShape& s) {

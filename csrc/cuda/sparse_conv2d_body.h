@@ -22,9 +22,29 @@ constexpr int kTaps = 128;  // staged at once, one a thread
 // one block more and some do.
 constexpr int kBlocksAtOnce = 6, kGradientBlocksAtOnce = 5;
 
+// v = factor2 · LeakyReLU(factor · x + shift) + shift2, on every read.
 template <class T>
+struct Load {
+  T factor, shift, slope, factor2, shift2;
+  SPARSE_GEN_HD static Load of(const T* from) {
+    return {read(from), read(from + 1), read(from + 2), read(from + 3), read(from + 4)};
+  }
+  SPARSE_GEN_HD T operator()(T x) const {
+    const T z = x * factor + shift;
+    return (z > 0 ? z : slope * z) * factor2 + shift2;
+  }
+};
+
+template <class T>
+struct NoLoad {
+  SPARSE_GEN_HD static NoLoad of(const T*) { return {}; }
+  SPARSE_GEN_HD T operator()(T x) const { return x; }
+};
+
+template <class T, class Loads = NoLoad<T>>
 struct Taps {
   Tap<T> tap[kTaps];
+  Loads load[kTaps];
 };
 
 struct Group {
@@ -37,11 +57,14 @@ struct Group {
 };
 
 // out = bias + Σ value · x. Pixels is how many pixels a thread holds; those of a block are kThreads apart.
-template <class T, int Pixels>
+template <class T, int Pixels, class Loads>
 struct ForwardBlock {
+  using Shared = Taps<T, Loads>;
+
   ConvShape s;
   ConvPattern pattern;
-  const T *x, *values, *bias;
+  Image<T> x;
+  const T *values, *bias;
   T* out;
 
   struct State {
@@ -62,7 +85,7 @@ struct ForwardBlock {
     const int channel = block % s.out_channels, tile = block / s.out_channels % tiles();
     state.experiment = block / s.out_channels / tiles();
     state.plane = (long long)state.experiment * s.out_channels + channel;
-    state.image = x + (long long)state.experiment * s.in_channels * s.plane();
+    state.image = x.data + state.experiment * x.experiment;
     state.group = {read(pattern.by_output + channel), read(pattern.by_output + channel + 1)};
     state.first = tile * kThreads * Pixels + thread;
     state.inside = true;
@@ -73,38 +96,42 @@ struct ForwardBlock {
       const int pixel = state.first + j * kThreads < last ? state.first + j * kThreads : last;
       state.y[j] = pixel / width * s.stride - s.padding;
       state.x[j] = pixel % width * s.stride - s.padding;
-      state.base[j] = state.y[j] * s.width + state.x[j];
+      state.base[j] = state.y[j] * x.row + state.x[j];
       state.inside = state.inside && state.y[j] >= 0 && state.y[j] + s.kernel_h <= s.height && state.x[j] >= 0 &&
                      state.x[j] + s.kernel_w <= s.width;
       state.sum[j] = start;
     }
   }
 
-  SPARSE_GEN_HD void stage(int thread, int step, const State& state, Taps<T>& shared) const {
+  SPARSE_GEN_HD void stage(int thread, int step, const State& state, Shared& shared) const {
     if (thread >= state.group.count(step)) return;
     const long long k = state.group.begin + (long long)step * kTaps + thread;
     const int channel = read(pattern.taps + s.kept + k), ky = read(pattern.taps + 2LL * s.kept + k);
     const int kx = read(pattern.taps + 3LL * s.kept + k);
     const T value = read(values + (long long)state.experiment * s.kept + k);
-    shared.tap[thread] = {value, channel * s.plane() + ky * s.width + kx, ky, kx};
+    shared.tap[thread] = {value, channel * x.plane + ky * x.row + kx, ky, kx};
+    shared.load[thread] = Loads::of(x.load + ((long long)state.experiment * s.in_channels + channel) * 5);
   }
 
-  SPARSE_GEN_HD void accumulate(int step, const Taps<T>& shared, State& state) const {
+  SPARSE_GEN_HD void accumulate(int step, const Shared& shared, State& state) const {
     const int count = state.group.count(step);
     if (state.inside) {
       for (int n = 0; n < count; ++n) {
         const Tap<T> tap = shared.tap[n];
-        for (int j = 0; j < Pixels; ++j) state.sum[j] += tap.value * read(state.image + state.base[j] + tap.offset);
+        const Loads load = shared.load[n];
+        for (int j = 0; j < Pixels; ++j)
+          state.sum[j] += tap.value * load(read(state.image + state.base[j] + tap.offset));
       }
       return;
     }
     for (int n = 0; n < count; ++n) {
       const Tap<T> tap = shared.tap[n];
-      const int plane = tap.offset - tap.ky * s.width - tap.kx;
+      const Loads load = shared.load[n];
+      const int plane = tap.offset - tap.ky * x.row - tap.kx;
       for (int j = 0; j < Pixels; ++j) {
         const int y = padded_origin(state.y[j] + tap.ky, s.height, s.padding, s.mode);
         const int column = padded_origin(state.x[j] + tap.kx, s.width, s.padding, s.mode);
-        if (y >= 0 && column >= 0) state.sum[j] += tap.value * read(state.image + plane + y * s.width + column);
+        if (y >= 0 && column >= 0) state.sum[j] += tap.value * load(read(state.image + plane + y * x.row + column));
       }
     }
   }
@@ -121,6 +148,8 @@ struct ForwardBlock {
 // the parity of the padded position, since only the weights of that phase reach them.
 template <class T, int Pixels>
 struct InputGradientBlock {
+  using Shared = Taps<T>;
+
   ConvShape s;
   ConvPattern pattern;
   const T *grad_out, *values;
@@ -180,7 +209,7 @@ struct InputGradientBlock {
     }
   }
 
-  SPARSE_GEN_HD void stage(int thread, int step, const State& state, Taps<T>& shared) const {
+  SPARSE_GEN_HD void stage(int thread, int step, const State& state, Shared& shared) const {
     if (thread >= state.group.count(step)) return;
     const long long k = read(pattern.input_order + state.group.begin + (long long)step * kTaps + thread);
     const int channel = read(pattern.taps + k), ky = read(pattern.taps + 2LL * s.kept + k);
@@ -189,7 +218,7 @@ struct InputGradientBlock {
     shared.tap[thread] = {value, channel * s.out_plane() - (ky >> s.odd()) * s.out_w() - (kx >> s.odd()), ky, kx};
   }
 
-  SPARSE_GEN_HD void accumulate(int step, const Taps<T>& shared, State& state) const {
+  SPARSE_GEN_HD void accumulate(int step, const Shared& shared, State& state) const {
     const int count = state.group.count(step);
     if (state.inside) {
       for (int n = 0; n < count; ++n) {
@@ -234,17 +263,18 @@ struct InputGradientBlock {
 // The kept weights' gradient: a block holds some pixels of one output channel's gradient in registers, every warp the
 // same ones, and its warps share out that channel's weights. The sums over a warp's lanes are the partial sums of that
 // weight, which a second kernel adds up in a fixed order.
-template <class T, int Pixels>
+template <class T, int Pixels, class Loads>
 struct WeightGradientWarp {
   ConvShape s;
   ConvPattern pattern;
-  const T *grad_out, *x;
+  const T* grad_out;
+  Image<T> x;
   T* partial;  // (E, chunks, kept)
 
   static constexpr int kWarps = kThreads / kWarp;
 
   struct State {
-    const T* image;
+    const T *image, *load;
     Group group;
     T* partial;
     int first, base[Pixels];
@@ -258,7 +288,8 @@ struct WeightGradientWarp {
   SPARSE_GEN_HD void begin(int block, int lane, State& state) const {
     const int channel = block % s.out_channels, rest = block / s.out_channels;
     const long long experiment = rest / chunks();
-    state.image = x + experiment * s.in_channels * s.plane();
+    state.image = x.data + experiment * x.experiment;
+    state.load = x.load + experiment * s.in_channels * 5;
     state.group = {read(pattern.by_output + channel), read(pattern.by_output + channel + 1)};
     state.partial = partial + (long long)rest * s.kept;
     state.first = rest % chunks() * kWarp * Pixels + lane;
@@ -267,7 +298,7 @@ struct WeightGradientWarp {
     const T* gradient = grad_out + (experiment * s.out_channels + channel) * s.out_plane();
     for (int j = 0; j < Pixels; ++j) {
       const int wanted = state.first + j * kWarp, y = top(j, state), column = left(j, state);
-      state.base[j] = y * s.width + column;
+      state.base[j] = y * x.row + column;
       state.inside = state.inside && y >= 0 && y + s.kernel_h <= s.height && column >= 0 &&
                      column + s.kernel_w <= s.width;
       state.gradient[j] = wanted < s.out_plane() ? read(gradient + wanted) : T(0);
@@ -278,17 +309,18 @@ struct WeightGradientWarp {
   SPARSE_GEN_HD T dot(long long k, const State& state) const {
     const int channel = read(pattern.taps + s.kept + k), ky = read(pattern.taps + 2LL * s.kept + k);
     const int kx = read(pattern.taps + 3LL * s.kept + k);
-    const T* plane = state.image + (long long)channel * s.plane();
+    const T* plane = state.image + (long long)channel * x.plane;
+    const Loads load = Loads::of(state.load + channel * 5LL);
     T sum = 0;
     if (state.inside) {
       for (int j = 0; j < Pixels; ++j)
-        sum += state.gradient[j] * read(plane + state.base[j] + ky * s.width + kx);
+        sum += state.gradient[j] * load(read(plane + state.base[j] + ky * x.row + kx));
       return sum;
     }
     for (int j = 0; j < Pixels; ++j) {
       const int y = padded_origin(top(j, state) + ky, s.height, s.padding, s.mode);
       const int column = padded_origin(left(j, state) + kx, s.width, s.padding, s.mode);
-      if (y >= 0 && column >= 0) sum += state.gradient[j] * read(plane + y * s.width + column);
+      if (y >= 0 && column >= 0) sum += state.gradient[j] * load(read(plane + y * x.row + column));
     }
     return sum;
   }
