@@ -76,9 +76,22 @@ def test_every_operator_says_where_it_runs():
         found = backends(name)
         assert found["reference"] is None
         assert found["cpu"] == status().reason
-        assert torch.cuda.is_available() or found["triton"]
+        assert torch.cuda.is_available() or (found["triton"] and found["cuda"])
     with pytest.raises(ValueError, match="expected an operator out of apply_load"):
         backends("convolution")
+
+
+def test_a_compiled_cuda_kernel_is_preferred_to_python(monkeypatch):
+    # The compiled library registers its kernels when it loads, before the operators are defined.
+    compiled = torch.library.Library("sparse_gen", "IMPL")
+    monkeypatch.setattr(dispatch, "_stems", dict(dispatch._stems))
+    operators = {name: f"{name}(Tensor x) -> Tensor" for name in ("compiled_on_cuda", "python_on_cuda")}
+    compiled.impl("compiled_on_cuda", lambda x: x, "CUDA", allow_override=True)
+    for name, schema in operators.items():
+        dispatch.register_operator(schema, reference=lambda x: x, fake=torch.empty_like, stem="none")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_gen::{name}", "CUDA")
+    assert backends("compiled_on_cuda")["cuda"] == (None if torch.cuda.is_available() else "no CUDA device")
+    assert backends("python_on_cuda")["cuda"] not in (None, "no CUDA device")
 
 
 def test_every_triton_launcher_takes_what_its_operator_takes():

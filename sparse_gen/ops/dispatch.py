@@ -1,8 +1,9 @@
 """How an operator gets its backends: schema, reference and fake here, kernels under the same name elsewhere.
 
 Schemas live in Python and not in C++, so that an installation without a compiler has the same operators,
-served by the plain-PyTorch references. A CPU kernel registers itself when the compiled library loads; a Triton
-kernel is a function of the operator's name in `sparse_gen.kernels`, in the file of the operator's stem.
+served by the plain-PyTorch references. A kernel in C++ or CUDA registers itself when the compiled library loads; a
+Triton kernel is a function of the operator's name in `sparse_gen.kernels`, in the file of the operator's stem. Where
+there are both, CUDA's is taken.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from sparse_gen.ops.extension import status, warn_without_extension
 
 LIBRARY = torch.library.Library("sparse_gen", "DEF")
 LIBRARY.define("instruction_set() -> int")
+status()  # first, so that what the compiled library brings is known below
 
 _stems: dict[str, str] = {}
+_in_python_on_cuda: set[str] = set()
 
 
 @cache
@@ -33,8 +36,22 @@ def _triton_missing(stem: str, name: str) -> str | None:
     return None if hasattr(import_module(f"sparse_gen.kernels.{stem}"), name) else "it has no Triton kernel"
 
 
+def _has_cuda_kernel(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_gen::{name}", "CUDA")
+
+
+def _cuda_missing(name: str) -> str | None:
+    if name not in _in_python_on_cuda:
+        return None
+    if not status().available:
+        return status().reason
+    if not status().build.get("cuda"):
+        return status().build.get("cuda_reason") or "the CUDA kernels were not compiled"
+    return "it has no kernel in CUDA C++ yet"
+
+
 def register_operator(schema: str, *, reference: Callable, fake: Callable, stem: str | None = None) -> None:
-    """Define `sparse_gen::<schema>` with its reference on every device and its Triton kernel on CUDA.
+    """Define `sparse_gen::<schema>` with its reference on every device and, on CUDA, the compiled or the Triton kernel.
 
     The Triton kernel is `sparse_gen.kernels.<stem>.<name>`; without a stem, that of the reference's file.
     """
@@ -55,9 +72,10 @@ def register_operator(schema: str, *, reference: Callable, fake: Callable, stem:
         return getattr(import_module(f"sparse_gen.kernels.{stem}"), name)(*args)
 
     LIBRARY.impl(name, run_reference, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, run_triton, "CUDA")
+    if not _has_cuda_kernel(name):
+        LIBRARY.impl(name, run_triton, "CUDA")
+        _in_python_on_cuda.add(name)
     torch.library.register_fake(f"sparse_gen::{name}", fake, lib=LIBRARY)
-    status()
 
 
 def operators() -> list[str]:
@@ -73,9 +91,10 @@ def backends(operator: str) -> dict[str, str | None]:
     """
     if operator not in _stems:
         raise ValueError(f"expected an operator out of {', '.join(operators())}, got {operator!r}")
-    cuda_missing = None if torch.cuda.is_available() else "no CUDA device"
+    no_device = None if torch.cuda.is_available() else "no CUDA device"
     return {
         "reference": None,
         "cpu": status().reason,
-        "triton": _triton_missing(_stems[operator], operator) or cuda_missing,
+        "triton": _triton_missing(_stems[operator], operator) or no_device,
+        "cuda": _cuda_missing(operator) or no_device,
     }

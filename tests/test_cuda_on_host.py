@@ -1,0 +1,186 @@
+"""What the CUDA kernels' threads do, run on the host under the address sanitizer, against the references.
+
+No GPU is needed: blocks and threads become loops in cuda_on_host.cpp. That shows the index arithmetic and the numbers;
+what only a GPU shows, races and speed, it does not.
+"""
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_gen.ops.concrete_mask import (
+    concrete_mask_backward_reference,
+    concrete_mask_reference,
+    concrete_mask_update_reference,
+)
+from sparse_gen.ops.norm_load import apply_load_reference
+from sparse_gen.ops.philox import Stream
+from sparse_gen.ops.sparse_conv2d import SparsePattern, sparse_conv2d_reference
+
+ROOT = Path(__file__).resolve().parent.parent
+# DESIGN's bound for fp32, relative to the norm; double is rounding's.
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
+MODES = ["zeros", "reflect", "replicate"]
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler was found")
+    path = tmp_path_factory.mktemp("cuda") / "cuda_on_host"
+    sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    command = f"{compiler} -std=c++20 -O1 -g -Wall -Wextra -Werror {sanitize} -I{ROOT / 'csrc'}"
+    run = subprocess.run(
+        [*shlex.split(command), str(ROOT / "tests/cuda_on_host.cpp"), "-o", str(path)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return path
+
+
+def run(program, name, dtype, numbers, arrays, shapes):
+    """The arrays that the program writes, of these shapes."""
+    sent = b"".join(array.detach().contiguous().numpy().tobytes() for array in arrays)
+    kind = "double" if dtype == torch.float64 else "float"
+    done = subprocess.run([program, name, kind, *map(str, numbers)], input=sent, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    flat = torch.from_numpy(np.frombuffer(done.stdout, "f8" if dtype == torch.float64 else "f4").copy())
+    return [
+        piece.view(shape) for piece, shape in zip(flat.split([int(np.prod(s)) for s in shapes]), shapes, strict=True)
+    ]
+
+
+def assert_near(got, want, tolerance):
+    assert got.shape == want.shape
+    assert (got.double() - want).norm() <= tolerance * want.norm() + 1e-300
+
+
+def assert_convolution(
+    program, name, shape, size, *, stride, padding, mode, dtype, density=0.4, experiments=2, apart=0
+):
+    generator = torch.Generator().manual_seed(0)
+    pattern = SparsePattern.of(torch.rand(shape, generator=generator) < density, stride)
+    kept, mode = len(pattern.index), MODES.index(mode)
+
+    def normal(*s):
+        return torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype)
+
+    x, values, bias = normal(experiments, shape[1], *size), normal(experiments, kept), normal(experiments, shape[0])
+    load = normal(experiments, shape[1], 5)
+    seen = apply_load_reference(x.double(), load.double()) if name.endswith("loaded") else x.double()
+    leaves = [t.requires_grad_() for t in (seen, values.double(), bias.double())]
+    parts = (pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order)
+    expected = sparse_conv2d_reference(*leaves, *parts, shape[0], *shape[2:], stride, padding, mode)
+    gradient = normal(*expected.shape)
+    grad_x, grad_values = torch.autograd.grad(expected, leaves[:2], gradient.double())
+    want = [expected.detach(), grad_x, grad_values]
+    numbers = (experiments, shape[1], *size, shape[0], *shape[2:], stride, padding, mode, kept, apart)
+    # Nothing is to be read between the rows and planes that lie apart.
+    image = torch.full((experiments, shape[1], size[0] * (size[1] + apart) + apart), torch.nan, dtype=dtype)
+    rows = image[..., : size[0] * (size[1] + apart)].unflatten(-1, (size[0], -1))
+    rows[..., : size[1]] = x
+    got = run(program, name, dtype, numbers, [image, load, values, bias, gradient, *parts], [w.shape for w in want])
+    for g, w in zip(got, want, strict=True):
+        assert_near(g, w, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("pixels", ["few_pixels", "many_pixels"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 2)])
+def test_sparse_conv2d(program, pixels, mode, stride, kernel):
+    # 9 × 23 pixels are no multiple of a warp, 33 × 50 more than one block or chunk.
+    for size, dtype in (((9, 23), torch.float64), ((33, 50), torch.float32)):
+        assert_convolution(
+            program, pixels, (3, 4, *kernel), size, stride=stride, padding=kernel[0] // 2, mode=mode, dtype=dtype
+        )
+
+
+@pytest.mark.parametrize("pixels", ["few_pixels_loaded", "many_pixels_loaded"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_sparse_conv2d_through_a_load_and_of_rows_that_lie_apart(program, pixels, mode, stride):
+    for size, dtype in (((9, 23), torch.float64), ((33, 50), torch.float32)):
+        assert_convolution(
+            program, pixels, (3, 4, 3, 3), size, stride=stride, padding=1, mode=mode, dtype=dtype, apart=3
+        )
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "padding", "mode"),
+    [
+        ((1, 1), 2, "replicate"),  # one pixel stands at 25 positions
+        ((1, 6), 2, "replicate"),
+        ((1, 1), 1, "zeros"),  # with stride 2 three phases have no pixel
+        ((4, 5), 3, "reflect"),  # inner pixels are reflected at both ends
+        ((2, 2), 1, "reflect"),
+        ((5, 7), 0, "reflect"),
+        ((6, 6), 4, "zeros"),  # windows that lie wholly outside
+    ],
+)
+def test_sparse_conv2d_where_padding_is_large(program, size, padding, mode, stride):
+    kernel = min(3, size[0] + 2 * padding)
+    assert_convolution(
+        program, "few_pixels", (2, 3, kernel, kernel), size, stride=stride, padding=padding, mode=mode,
+        dtype=torch.float64,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+def test_sparse_conv2d_at_any_density(program, density):
+    # 20 · 9 weights of one channel are staged in two steps.
+    assert_convolution(
+        program, "many_pixels", (2, 20, 3, 3), (12, 11), stride=1, padding=1, mode="reflect", dtype=torch.float32,
+        density=density, experiments=3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("numel", [1, 7, 64])
+@pytest.mark.parametrize("step", [0, 1000])
+def test_concrete_mask(program, dtype, shared, numel, step):
+    experiments, temperature = 3, 0.2
+    generator = torch.Generator().manual_seed(numel)
+
+    def normal(*s, scale=1.0):
+        return (scale * torch.randn(*s, generator=generator, dtype=torch.float64)).to(dtype)
+
+    logits, exp_avg = normal(experiments, numel, scale=3.0), normal(experiments, numel)
+    exp_avg_sq = normal(experiments, numel).square()
+    weight = normal(numel) if shared else normal(experiments, numel)
+    gradient, grad_soft = normal(experiments, numel), normal(experiments, numel)
+    seed, at = torch.tensor([0, -1, 2**40 + 3]), torch.tensor(step)
+    learning = {"kl_weight": 1e-2, "prior": 0.05, "lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+    numbers = torch.tensor([temperature, *learning.values()], dtype=torch.float64)
+    arrays = [logits, exp_avg, exp_avg_sq, weight, gradient, grad_soft, seed, at, numbers]
+    got = run(
+        program, "mask", dtype, (experiments, numel, int(shared), int(Stream.MASK)), arrays,
+        [(experiments, numel)] * 8,
+    )  # fmt: skip
+
+    doubles = [t.double() for t in arrays[:6]]
+    draw = (seed, at, int(Stream.MASK), temperature)
+    soft_mask, masked = concrete_mask_reference(doubles[0], doubles[3], *draw)
+    # The backward knows no more than the rounded mask.
+    grads = concrete_mask_backward_reference(doubles[5], doubles[4], doubles[3], got[0].double(), temperature)
+    state, next_masked = doubles[:3], torch.empty(experiments, numel, dtype=torch.float64)
+    concrete_mask_update_reference(*state, next_masked, doubles[3], doubles[4], *draw, *learning.values())
+    for g, w in zip(got, [soft_mask, masked, *grads, *state, next_masked], strict=True):
+        assert_near(g, w, TOLERANCE[dtype])
+
+
+def test_concrete_mask_at_extreme_logits(program):
+    logits = torch.tensor([[-200.0, 200.0, -90.0, 90.0, 0.0]])
+    ones, zeros = torch.ones_like(logits), torch.zeros_like(logits)
+    numbers = torch.tensor([0.2, 1e-2, 0.05, 0.1, 0.9, 0.999, 1e-8], dtype=torch.float64)
+    arrays = [logits, zeros, zeros, ones, ones, ones, torch.tensor([1]), torch.tensor(0), numbers]
+    soft_mask, *others = run(program, "mask", torch.float32, (1, 5, 0, int(Stream.MASK)), arrays, [(1, 5)] * 8)
+    torch.testing.assert_close(soft_mask[0, :4], torch.tensor([0.0, 1, 0, 1]))
+    assert all(other.isfinite().all() for other in others)
