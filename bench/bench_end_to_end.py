@@ -25,7 +25,10 @@ def measure(compare, with_compile):
         steps = {name: case.step(name, inputs) for name in names}
         peaks = {name: peak_mb(case, name) for name in names} if memory else None
         rounds = ROUNDS[case.size]
-        compare("end_to_end", case.name, steps, error=error, rounds=rounds, peak_mb=peaks, facts=case.facts)
+        compare(
+            "end_to_end", case.name, steps, error=error, rounds=rounds, peak_mb=peaks, facts=case.facts,
+            in_a_row=3 if case.size <= 512 else 1,
+        )  # fmt: skip
 
     return run
 

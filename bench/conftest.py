@@ -42,9 +42,10 @@ def compare(benchmark, device):
     a whole round, the records hold each provider's median, which is also returned, and its 20th and 80th percentile.
     """
 
-    def run(suite, case, providers, *, error, rounds=15, warmup=2, peak_mb=None, facts=None):
+    def run(suite, case, providers, *, error, rounds=15, warmup=2, peak_mb=None, facts=None, in_a_row=1):
         times = {}
-        benchmark.pedantic(timed_round, (providers, times, device), rounds=rounds, warmup_rounds=warmup, iterations=1)
+        arguments = (providers, times, device, in_a_row)
+        benchmark.pedantic(timed_round, arguments, rounds=rounds, warmup_rounds=warmup, iterations=1)
         if benchmark.disabled:  # one round, to see that everything runs
             return {name: measured[0] for name, measured in times.items()}
         counted = {name: measured[warmup:] for name, measured in times.items()}

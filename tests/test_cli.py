@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -243,6 +244,14 @@ def test_mask_show_lists_every_layer(run, capsys):
     assert f"{mask.kept:,} of {mask.total:,}" in shown
     recipe = next(line for line in lines if line.startswith("recipe "))
     assert json.loads(recipe.removeprefix("recipe ")) == mask.recipe
+
+
+def test_mask_show_says_what_is_left_to_compute(run, capsys):
+    assert main(["mask", "show", str(run / "mask.safetensors"), "--size", "40"]) == 0
+    out = capsys.readouterr().out
+    assert "forward at 40²" in out
+    assert re.search(r"head +\d+ of \d+ +3 of 3", out)
+    assert main(["mask", "show", str(run / "mask.safetensors"), "--size", "2"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,10 @@ def show(
         str | None, typer.Option(help="Add the kernel planes of this parameter to the plot.", show_default=False)
     ] = None,
     experiment: Annotated[int, typer.Option(help="Whose planes and p, where a mask has several.")] = 0,
+    size: Annotated[
+        int | None,
+        typer.Option(help="Say what is left to compute for an image of this many pixels a side.", show_default=False),
+    ] = None,
     overwrite: mask_files.Overwrite = False,
 ) -> None:
     """Print what a mask keeps of each layer, and the recipe of the network it belongs to."""
@@ -60,6 +64,8 @@ def show(
     console = Console(highlight=False)
     console.width = max(console.width, 100)  # a pipe has no width; cut names would be of no use
     console.print(table)
+    if size is not None:
+        console.print(_left_to_compute(mask, size))
     console.print(f"recipe {json.dumps(mask.recipe, ensure_ascii=False)}", markup=False, soft_wrap=True)
     if plot is not None:
         from sparse_gen.experiments.mask_picture import draw_mask
@@ -67,6 +73,32 @@ def show(
 
         draw_mask(mask, claim_file(plot, overwrite), layer, experiment)
         console.print(str(plot), markup=False)
+
+
+def _left_to_compute(mask, size: int):
+    """Live channels and multiplications of every convolution, as a table."""
+    from rich.table import Table
+
+    import sparse_gen as sg
+    from sparse_gen.engine import analyse
+
+    if "net" not in mask.recipe or not isinstance(mask.recipe["net"], dict):
+        raise ValueError("size: expected a file whose recipe tells of one network, got none, leave --size out")
+    net = sg.generators.build(mask.recipe["net"])
+    stages = analyse(net, mask, sg.noise_input(net.in_channels, (size, size)))
+    total = [sum(getattr(stage, name) for stage in stages) / 1e9 for name in ("dense_flops", "sparse_flops")]
+    table = Table(box=None, padding=(0, 2, 0, 0), show_footer=True)
+    table.add_column("convolution", f"forward at {size}²", no_wrap=True)
+    for name in ("channels in", "channels out", "weights that count"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, sum_ in zip(("GFLOP dense", "GFLOP left"), total, strict=True):
+        table.add_column(name, f"{sum_:.2f}", justify="right", no_wrap=True)
+    for stage in stages:
+        table.add_row(
+            stage.name, f"{stage.live_inputs} of {stage.inputs}", f"{stage.live_outputs} of {stage.outputs}",
+            f"{stage.reaching:,} of {stage.kept:,}", f"{stage.dense_flops / 1e9:.3f}", f"{stage.sparse_flops / 1e9:.3f}",
+        )  # fmt: skip
+    return table
 
 
 def density_bar(density: float, width: int = _BAR_WIDTH) -> str:

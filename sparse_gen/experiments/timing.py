@@ -24,17 +24,19 @@ Step = Callable[[], object]
 Times = dict[str, list[float]]
 
 
-def timed_round(providers: Mapping[str, Step], times: Times, device: str) -> None:
-    """Run every provider once, one after the other, and note its milliseconds.
+def timed_round(providers: Mapping[str, Step], times: Times, device: str, in_a_row: int = 1) -> None:
+    """Run every provider, one after the other, and note its milliseconds.
 
-    In turn, so that a drift of the machine reaches all alike.
+    In turn, so that a drift of the machine reaches all alike; a step of a loop several times `in_a_row`, of which the
+    mean counts: alone it would find the caches as another provider left them.
     """
     for name, function in providers.items():
         _synchronise(device)
         start = time.perf_counter()
-        function()
+        for _ in range(in_a_row):
+            function()
         _synchronise(device)
-        times.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
+        times.setdefault(name, []).append(1e3 * (time.perf_counter() - start) / in_a_row)
 
 
 def _synchronise(device: str) -> None:
