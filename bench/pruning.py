@@ -189,20 +189,22 @@ class Comparison:
         )  # fmt: skip
         with torch.no_grad():
             last = fit.module(z)
-        psnr = fit.history["psnr"][:, 0]
-        peak = int(psnr.argmax())
+        # History holds the output before each step's update; the last output is a point of the curve too.
+        psnr = [*fit.history["psnr"][:, 0].tolist(), sg.fitting.psnr(last, clean).item()]
+        steps = [*fit.history.step, record["steps_fit"]]
+        peak = max(range(len(psnr)), key=psnr.__getitem__)
         selected = int(stop.rule.selected_step)
         return engine | {
             "psnr_untrained": untrained,
-            "psnr_last": sg.fitting.psnr(last, clean).item(),
+            "psnr_last": psnr[-1],
             "psnr_wmv": sg.fitting.psnr(fit.image, clean).item() if selected >= 0 else None,
             "wmv_selected_step": selected,
             "wmv_stopped_at": int(stop.rule.stopped_at) if stop.rule.stopped_at >= 0 else None,
-            "psnr_oracle_peak": psnr[peak].item(),
-            "oracle_peak_step": fit.history.step[peak],
+            "psnr_oracle_peak": psnr[peak],
+            "oracle_peak_step": steps[peak],
             "oracle_peak_interval": preset.every,
-            "psnr_steps": fit.history.step,
-            "psnr_by_step": [round(value, 4) for value in psnr.tolist()],
+            "psnr_steps": steps,
+            "psnr_by_step": [round(value, 4) for value in psnr],
         }
 
     def find(self, method, net, z, y, density, seed, progress) -> tuple[sg.Mask, int]:

@@ -37,32 +37,41 @@ def _spread(values: list[float], form: str = ".2f") -> str:
 
 
 def table(records: list[dict]) -> str:
-    """A row a method, density and case; the compute of convolutions, forward and backward, search included."""
-    lines = [
-        "| case | method | kept | untrained | last | stopped (WMV) | oracle peak, every {} steps | search + training "
-        "steps | TFLOP | seeds |".format("/".join(sorted({str(v) for v in _of(records, "oracle_peak_interval")}))),
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """One table a case, a row a method and density. Networks that a mask cuts are in no mean, and said."""
+    parts = []
     for case in dict.fromkeys(r["case"] for r in records):
-        reduced = any(r["preset"] == "reduced" for r in records if r["case"] == case)
-        noisy = _spread(_of([r for r in records if r["case"] == case], "psnr_noisy"))
-        label = f"{case}{' (reduced)' if reduced else ''}, noisy {noisy}"
-        for method, name in LABELS.items():
-            here = [r for r in records if r["case"] == case and r["provider"] == method]
-            for density in dict.fromkeys(r["density_asked"] for r in here):
-                own = [r for r in here if r["density_asked"] == density]
-                cut = [r for r in own if r.get("disconnected_at")]
-                kept = f"{round(own[0]['density'] * own[0]['parameters']):,} ({own[0]['density']:.2%})"
-                cells = [
-                    _spread(_of(own, f"psnr_{key}")) for key in ("untrained", "last", "wmv", "oracle_peak")
-                ]  # a cut network is left out of the means, and said
-                if cut:
-                    places = ", ".join(sorted({r["disconnected_at"] for r in cut}))
-                    cells[1] += f" ({len(cut)} of {len(own)} cut at {places})"
-                steps = f"{own[0]['steps_search']} + {own[0]['steps_fit'] if len(cut) < len(own) else 0}"
-                row = [label, name, kept, *cells, steps, _spread(_of(own, "tflop"), ".1f"), str(len(own))]
-                lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        own = [r for r in records if r["case"] == case]
+        noisy = _spread(list({r["seed"]: r["psnr_noisy"] for r in own}.values()))
+        every = "/".join(sorted({str(v) for v in _of(own, "oracle_peak_interval")})) or "–"
+        parts.append(
+            f"**{_title(case, own)}**, noisy image {noisy} dB\n\n"
+            f"| method | kept | untrained | last | stopped (WMV) | oracle peak, every {every} steps | "
+            "search + training steps | TFLOP in all | seeds |\n|---|---|---|---|---|---|---|---|---|\n" + _rows(own)
+        )
+    return "\n\n".join(parts)
+
+
+def _title(case: str, records: list[dict]) -> str:
+    return case + (" (reduced)" if any(r["preset"] == "reduced" for r in records) else "")
+
+
+def _rows(records: list[dict]) -> str:
+    rows = []
+    for method, name in LABELS.items():
+        here = [r for r in records if r["provider"] == method]
+        for density in dict.fromkeys(r["density_asked"] for r in here):
+            own = [r for r in here if r["density_asked"] == density]
+            cut = [r for r in own if r.get("disconnected_at")]
+            share = "all" if density is None else f"{own[0]['density']:.2%}"
+            kept = f"{round(own[0]['density'] * own[0]['parameters']):,} ({share})"
+            cells = [_spread(_of(own, f"psnr_{key}")) for key in ("untrained", "last", "wmv", "oracle_peak")]
+            if cut:
+                places = ", ".join(sorted({r["disconnected_at"] for r in cut}))
+                cells[1] += f" ({len(cut)} of {len(own)} cut at {places})"
+            steps = f"{own[0]['steps_search']} + {own[0]['steps_fit'] if len(cut) < len(own) else 0}"
+            row = [name, kept, *cells, steps, _spread(_of(own, "tflop"), ".1f"), str(len(own))]
+            rows.append(f"| {' | '.join(row)} |")
+    return "\n".join(rows)
 
 
 def draw(records: list[dict], path: Path) -> None:
@@ -79,9 +88,8 @@ def draw(records: list[dict], path: Path) -> None:
     figure, panels = plt.subplots(len(cases), 3, figsize=(17, 4.6 * len(cases)), layout="constrained", squeeze=False)
     for axes, case in zip(panels, cases, strict=True):
         own = [r for r in records if r["case"] == case]
-        title = case + (" (reduced)" if any(r["preset"] == "reduced" for r in own) else "")
         _against_step(axes[0], own, colours)
-        axes[0].set_title(title, fontsize=10)
+        axes[0].set_title(_title(case, own), fontsize=10)
         _against_density(axes[1], own, colours)
         _layers(axes[2], own, colours)
     for marker, name in (("s", "last"), ("o", "stopped (WMV)"), ("^", "oracle peak")):
