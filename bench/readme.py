@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import pruning_report
 import quality
 import targets
 
@@ -108,6 +109,7 @@ def draw() -> None:
 BLOCKS = {
     "targets": aims,
     "quality": lambda: quality.table(quality.load()),
+    "pruning": lambda: pruning_report.table(_records("pruning-cpu")) or "not measured yet",
     "speed": speed,
     "start": start,
 }
