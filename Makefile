@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize quality bench gpu-check lint clean
+.PHONY: help demo test sanitize quality pruning bench gpu-check lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -31,6 +31,9 @@ sanitize: $(INSTALLED)  ## run the C++ kernels under the address and undefined-b
 
 quality: $(INSTALLED)  ## compare the methods' PSNR over three seeds
 	$(BIN)/python bench/quality.py
+
+pruning: $(INSTALLED)  ## compare the ways to find a mask; REDUCED=1 at 128² and with few steps
+	$(BIN)/python bench/pruning.py $(if $(REDUCED),--reduced)
 
 bench: $(INSTALLED)  ## measure speed; ONLY="training and 512" a part of it, SAVE=1 to store the figures
 	$(BIN)/pytest bench/ $(if $(ONLY),-k "$(ONLY)") $(if $(SAVE),--save)

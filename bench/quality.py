@@ -39,12 +39,12 @@ METHODS = {
 PHOTOGRAPHS = {"astronaut": tuple(METHODS), "coffee": ("oes", "dense")}
 
 
-def photograph(name: str) -> torch.Tensor:
-    """A square photograph of scikit-image, (1, 3, SIZE, SIZE) in [0, 1]."""
+def photograph(name: str, size: int = SIZE) -> torch.Tensor:
+    """A square photograph of scikit-image, (1, 3, size, size) in [0, 1]."""
     image = getattr(data, name)()
     side = min(image.shape[:2])
     top, left = ((length - side) // 2 for length in image.shape[:2])
-    image = transform.resize(image[top : top + side, left : left + side], (SIZE, SIZE), anti_aliasing=True)
+    image = transform.resize(image[top : top + side, left : left + side], (size, size), anti_aliasing=True)
     return torch.from_numpy(image).float().permute(2, 0, 1)[None]
 
 

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import pruning_report
 import quality
 import targets
 
@@ -25,7 +26,7 @@ COLORS = {"published": "tab:gray", "plain": "tab:orange", "compile": "tab:green"
 def _suites() -> list[str]:
     """Whole steps first, then the operators."""
     found = {path.stem.removesuffix("-cpu") for path in (BENCH / "results").glob("*-cpu.json")}
-    return ["end_to_end", *sorted(found - {"end_to_end", "quality", "import"})]
+    return ["end_to_end", *sorted(found - {"end_to_end", "quality", "import", "pruning"})]
 
 
 def _records(name: str) -> list[dict]:
@@ -108,6 +109,7 @@ def draw() -> None:
 BLOCKS = {
     "targets": aims,
     "quality": lambda: quality.table(quality.load()),
+    "pruning": lambda: pruning_report.table(_records("pruning-cpu")) or "not measured yet",
     "speed": speed,
     "start": start,
 }

@@ -73,6 +73,16 @@ def test_find_on_the_clean_image_says_so(files, tmp_path):
     assert any(not torch.equal(keep, noisy.tensors[name]) for name, keep in clean.tensors.items())
 
 
+def test_find_keeps_groups(files, tmp_path, capsys):
+    assert find(files, tmp_path / "m", "--sigma", "0.1", "--group", "kernel") == 0
+    mask = sg.Mask.load(tmp_path / "m")
+    assert f"{mask.kept:,} of {mask.total:,} weights kept, {mask.density:.2%}" in capsys.readouterr().out
+    assert mask.recipe["search"]["group"] == "kernel"
+    assert 0.2 * mask.total < mask.kept <= 0.4 * mask.total
+    for keep in mask.tensors.values():
+        assert torch.equal(keep.flatten(2).any(dim=2), keep.flatten(2).all(dim=2))
+
+
 def test_find_shares_a_mask_between_images(files, tmp_path):
     other = str(files / "other.png")
     assert find(files, tmp_path / "m", other, "--method", "imp", "--sigma", "0.1", "--rewind", "2") == 0
@@ -104,6 +114,8 @@ def test_find_as_published_and_by_layer_with_a_floor(files, tmp_path):
         (["--target", "clean"],
          "target: expected noisy where no sigma is given, got clean, give a sigma or leave it out"),
         (["--density", "5"], "density: expected a number in (0, 1], got 5, did you mean 5 % = 0.05?"),
+        (["--group", "8"], "expected group as 'weight', 'kernel', 'filter', or a block of output × input channels such "
+         "as '8x1' or (8, 1), got '8'"),
         (["--floor", "x"], "expected floor as a count of weights or a share of a layer in (0, 1), got 'x'"),
         (["{f}/other.png"], "image: expected one for oes, got 2, use method imp"),
         (["{f}/smaller.png", "--method", "imp"], "image: expected images of one size and kind, got {f}/photo.png of "

@@ -45,6 +45,10 @@ def find(
     steps: Annotated[
         int | None, _number("Steps of the search (oes, default 1000) or of each round's training (imp, 1500).")
     ] = None,
+    group: Annotated[
+        str | None,
+        _setting("oes: kept or pruned together: kernel, filter, or output x input channels such as 8x1."),
+    ] = None,
     fraction: Annotated[float | None, _number("imp: what a round removes of the weights left. Default: 0.2.")] = None,
     rewind: Annotated[int | None, _number("imp: go back to the weights after so many steps. Default: 0.")] = None,
     input_jitter: Annotated[float | None, _number("imp: noise on z at every step. Default: 0.")] = None,
@@ -71,7 +75,10 @@ def find(
         "generator": generator, "depth": depth, "seed": seed, "device": device, "threads": threads,
     }  # fmt: skip
     settings = merge_settings({} if config is None else read_settings(config), given)
-    own = {"fraction": fraction, "rewind": rewind, "input_jitter": input_jitter, "rounds": rounds, "steps": steps}
+    own = {
+        "group": group, "fraction": fraction, "rewind": rewind, "input_jitter": input_jitter, "rounds": rounds,
+        "steps": steps,
+    }  # fmt: skip
     request = MaskRequest(
         method=method, scope=scope, floor=floor, variant=variant, target=target, store_logits=store_logits,
         options={name: value for name, value in own.items() if value is not None},

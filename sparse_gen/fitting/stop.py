@@ -175,8 +175,11 @@ class Settled(_Rule):
         self.window, self.tolerance = window, tolerance
         self.logits: torch.Tensor | None = None
 
-    def update(self, step: int, logits: torch.Tensor, count: int) -> bool:
-        """Take the logits after a step, (E, N), of which the `count` largest are kept; steps come from 0 on."""
+    def update(self, step: int, logits: torch.Tensor, count: int, sizes: torch.Tensor | None = None) -> bool:
+        """Take the logits after a step, (E, N), of which the `count` largest are kept; steps come from 0 on.
+
+        With `sizes`, (N,), a logit stands for so many weights, and the largest are kept that have `count` in all.
+        """
         if self.logits is None:
             self.logits = logits.clone()
             self.stopped_at = torch.full((len(logits),), -1, device=logits.device)
@@ -184,9 +187,14 @@ class Settled(_Rule):
         if (step + 1) % self.window:
             return False
         running = self.stopped_at < 0
-        threshold = logits.kthvalue(logits.shape[1] - count + 1, dim=1, keepdim=True).values
-        kept = logits >= threshold
-        exchanged = (kept & ~self._kept).sum(dim=1) / kept.sum(dim=1)
+        if sizes is None:
+            threshold = logits.kthvalue(logits.shape[1] - count + 1, dim=1, keepdim=True).values
+            kept, weight = logits >= threshold, 1
+        else:
+            ranked, order = logits.sort(dim=1, descending=True, stable=True)
+            number = (sizes[order].cumsum(dim=1) <= count).sum(dim=1, keepdim=True).clamp(min=1)
+            kept, weight = logits >= ranked.gather(1, number - 1), sizes
+        exchanged = (weight * (kept & ~self._kept)).sum(dim=1) / (weight * kept).sum(dim=1)
         self.logits = torch.where(running[:, None], logits, self.logits)
         self.stopped_at = torch.where(running & (exchanged <= self.tolerance), step + 1, self.stopped_at)
         self._kept = kept

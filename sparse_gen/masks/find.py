@@ -19,6 +19,7 @@ from sparse_gen.history import History
 from sparse_gen.masks.as_published import as_published
 from sparse_gen.masks.connectivity import DisconnectedMaskWarning, probe_connectivity
 from sparse_gen.masks.grasp import grasp
+from sparse_gen.masks.groups import group_name
 from sparse_gen.masks.imp import imp
 from sparse_gen.masks.magnitude import magnitude
 from sparse_gen.masks.pruning import SCOPES, Found, Progress, Pruning, floors
@@ -80,8 +81,9 @@ def find(
         options: the method's own, such as `steps` for "oes" and "imp", or `rounds` for "synflow".
 
     Returns:
-        `SearchResult`. Its mask keeps exactly ⌊density·N⌋ of all N parameters, ties broken by the seed, and holds the
-        weights to train from; `connected` says whether anything of z reaches the output.
+        `SearchResult`. Its mask keeps exactly ⌊density·N⌋ of all N parameters (with the option `group` of "oes" what
+        whole groups allow of it, see `search_mask`), ties broken by the seed, and holds the weights to train from;
+        `connected` says whether anything of z reaches the output.
 
     Raises:
         ValueError: an argument is out of range, an option is not the method's, shapes do not fit, or density or floor
@@ -182,6 +184,10 @@ def _oes(net, z, y, density, scope, prunable, seed, floor, recipe, progress, opt
     given = {"density": density, "prunable": prunable, "seed": seed, "recipe": recipe, "progress": progress, **options}
     if scope == "global" and floor is None:
         return search_mask(net, z, y, **given)
+    if group_name(options.get("group")) != "weight":
+        raise ValueError(
+            f"expected scope='global' and no floor for groups, got {scope!r} and {floor!r}, leave scope and floor out"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DisconnectedMaskWarning)
         result = search_mask(net, z, y, **given)

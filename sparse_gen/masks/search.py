@@ -20,10 +20,11 @@ from sparse_gen.engine.plan import Plan
 from sparse_gen.engine.stack import Stack, initial_weights, template
 from sparse_gen.history import History
 from sparse_gen.masks.connectivity import DisconnectedMaskWarning, probe_connectivity
+from sparse_gen.masks.groups import Group, Groups, group_name
+from sparse_gen.masks.logits import Logits
 from sparse_gen.masks.mask import Mask
 from sparse_gen.masks.sampled import SampledNetwork
-from sparse_gen.masks.selection import kept_count, prunable_layout, top_k
-from sparse_gen.ops.concrete_mask import concrete_mask, concrete_mask_update, kl_divergence
+from sparse_gen.masks.selection import kept_count, prunable_layout
 from sparse_gen.ops.philox import Stream, seed_tensor, uniform
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"steps": 1000, "lr": 5e-2, "kl_weight": 1e-7, "prunable": "conv_weights"},
     "paper": {"steps": 60_000, "lr": 1e-2, "kl_weight": 1e-9, "prunable": "all"},
 }
-
-_STATE = ("logits", "exp_avg", "exp_avg_sq", "masked_weight")
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -56,6 +55,7 @@ class SearchResult:
         stopped_at: after how many steps the stopping rule ended the search, None if it did not; a list where there
             are several experiments.
         scores: parameter name → what other methods chose by, the largest being kept; shapes as of the logits.
+        groups: which weights share a logit; None where each has its own.
     """
 
     mask: Mask
@@ -67,6 +67,7 @@ class SearchResult:
     stopped_at: int | list[int | None] | None = None
     scores: dict[str, torch.Tensor] = field(default_factory=dict)
     plan: Plan | None = None
+    groups: Groups | None = None
 
     def sample_masks(self, count: int, seed: int = 0) -> list[Mask]:
         """Draw masks m ~ Ber(sigmoid(logits)) instead of keeping the largest; their density varies.
@@ -86,9 +87,7 @@ class SearchResult:
             raise ValueError("expected a result with logits, got one of a method that learns none, use method='oes'")
         masks = []
         for i in range(count):
-            tensors, index = {}, 0
-            total = sum(logits.numel() for logits in self.logits.values())
-            draws = uniform(seed_tensor(seed), i, Stream.MASK, total)[0]
+            tensors, index, draws = {}, 0, self._draws(seed, i)
             for name, logits in self.logits.items():
                 u = draws[index : index + logits.numel()].view_as(logits).to(logits.device)
                 tensors[name] = u < torch.sigmoid(logits)
@@ -97,6 +96,16 @@ class SearchResult:
             recipe = {**self.mask.recipe, "sample": {"index": i, "seed": seed}}
             masks.append(Mask(tensors, experiments=experiments, whole=self.mask.whole, recipe=recipe))
         return masks
+
+    def _draws(self, seed: int, number: int) -> torch.Tensor:
+        """A uniform number for every logit in turn, parameter by parameter; the same one throughout a group."""
+        if self.groups is None:
+            total = sum(logits.numel() for logits in self.logits.values())
+            return uniform(seed_tensor(seed), number, Stream.MASK, total)[0]
+        experiments = self.mask.experiments
+        draws = uniform(seed_tensor(seed), number, Stream.MASK, experiments * len(self.groups))
+        views = self.groups.layout.views(self.groups.expand(draws.view(experiments, -1)))
+        return torch.cat([view.flatten() for view in views.values()])
 
 
 def search_mask(
@@ -112,6 +121,7 @@ def search_mask(
     prunable: str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
     temperature: float = 0.2,
     prior: float | None = None,
+    group: Group | None = None,
     initial_logit: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -142,6 +152,11 @@ def search_mask(
         prunable: "conv_weights", "all", parameter names, or a function of name and parameter.
         temperature: of the concrete sample.
         prior: p0; by default the density.
+        group: which weights share a logit and are kept or pruned together: None (or "weight"), "kernel" (the plane of
+            one output and one input channel), "filter" (an output channel), or (bo, bi), also written "8x1", so many
+            output × input channels at one tap. Where channels do not divide, the last groups are cut; parameters that
+            are no convolution's weight keep a logit an entry. The mask keeps the best groups up to ⌊density·N⌋
+            weights: the first that would exceed it and all behind it go, so that up to a group's size is missing.
         initial_logit: where all logits start.
         betas, eps: Adam's.
         seed: of samples and ties, or one an experiment.
@@ -157,7 +172,7 @@ def search_mask(
 
     Raises:
         ValueError: an argument is out of range, shapes do not fit, or the density is too small to keep what is
-            always kept; or the checkpoint is of another run.
+            always kept, or a single group; or the checkpoint is of another run.
         FloatingPointError: the loss is not finite; the message names the step. Checkpoints stay at finite ones.
         RunInterrupted: `checkpoints.request_stop()` was called.
 
@@ -168,7 +183,7 @@ def search_mask(
     """
     settings = _settings(preset, steps=steps, lr=lr, kl_weight=kl_weight, prunable=prunable)
     steps, lr, kl_weight = settings["steps"], settings["lr"], settings["kl_weight"]
-    prior = density if prior is None else prior
+    prior, group = density if prior is None else prior, group_name(group)
     check_input(z)
     check_measurement(y, z)
     check_count(steps, "steps")
@@ -195,10 +210,12 @@ def search_mask(
         plan = Plan.to_go_on_with(checkpoints.plan("search"), plan)
     sampled = SampledNetwork(network, layout, whole, kept_whole, z, experiments, engine, plan)
     kept_whole = whole.views(kept_whole)
-    logits = torch.full((experiments, layout.numel), float(initial_logit), dtype=z.dtype, device=z.device)
-    exp_avg, exp_avg_sq = torch.zeros_like(logits), torch.zeros_like(logits)
     weight = weight[0] if len(weight) == 1 else weight
-    sampled.masked_weight.copy_(concrete_mask(logits, weight, seeds, 0, temperature=temperature)[1])
+    logits = Logits(
+        layout, group, weight, seeds, initial=initial_logit, temperature=temperature, prior=prior,
+        kl_weight=kl_weight, lr=lr, betas=betas, eps=eps,
+    )  # fmt: skip
+    logits.sample(sampled.masked_weight)
     history = History()
 
     settings.update(
@@ -211,6 +228,8 @@ def search_mask(
         seed=seeds.tolist() if experiments > 1 else int(seeds[0]),
         preset=preset,
     )
+    if logits.groups is not None:
+        settings["group"] = group
     if not isinstance(settings["prunable"], str):
         settings["prunable"] = list(layout.shapes)
     start = 0
@@ -221,15 +240,15 @@ def search_mask(
         restored = checkpoints.load("search", identity)
         if restored is not None:
             start, state, history = restored
-            logits, exp_avg, exp_avg_sq, masked_weight = (state.pop(name).to(z.device) for name in _STATE)
-            sampled.masked_weight.copy_(masked_weight)
+            logits.restore(state)
+            sampled.masked_weight.copy_(state.pop("masked_weight"))
             if stop is not None:
                 stop.restore({name.removeprefix("stop/"): tensor for name, tensor in state.items()}, z.device)
 
         sampled.plan.save(checkpoints.plan("search"))
 
     def state() -> dict[str, torch.Tensor]:
-        tensors = dict(zip(_STATE, (logits, exp_avg, exp_avg_sq, sampled.masked_weight), strict=True))
+        tensors = {**logits.state(), "masked_weight": sampled.masked_weight}
         rule = {} if stop is None else stop.state()
         return tensors | {f"stop/{name}": tensor for name, tensor in rule.items()}
 
@@ -241,22 +260,18 @@ def search_mask(
         if step % every == 0 or step == steps - 1:
             if first_bad >= 0:
                 raise FloatingPointError(f"expected a finite loss, got none at step {int(first_bad)}, lower lr ({lr})")
-            history.record(step, loss=loss, kl=kl_divergence(logits, prior))
+            history.record(step, loss=loss, kl=logits.kl())
             if progress is not None:
                 progress(step + 1, steps, history.last())
-        concrete_mask_update(
-            logits, exp_avg, exp_avg_sq, sampled.masked_weight, weight, gradient, seeds, step, temperature=temperature,
-            kl_weight=kl_weight, prior=prior, lr=lr, betas=betas, eps=eps,
-        )  # fmt: skip
-        over = stop is not None and stop.update(step, logits, count)
+        logits.update(sampled.masked_weight, gradient, step)
+        over = stop is not None and stop.update(step, logits.values, count, logits.sizes)
         if checkpoints is not None and first_bad < 0:
             checkpoints.store("search", identity, step + 1, state, history, last=over or step == steps - 1)
         if over:
             break
-    if stop is not None:
-        logits = stop.selected(logits)
+    final = logits.values if stop is None else stop.selected(logits.values)
 
-    keep = top_k(logits, count, seeds)
+    keep = logits.keep(final, count)
     recipe = {**network_recipe(net), "search": {"method": "oes", **settings}, **(recipe or {})}
     mask = make_mask(layout, whole, keep, weight, kept_whole, recipe)
     connectivity = probe_connectivity(network, layout.views(weight * keep) | kept_whole, z)
@@ -267,11 +282,12 @@ def search_mask(
             DisconnectedMaskWarning,
             stacklevel=2,
         )
-    logit_views = layout.views(logits if experiments > 1 else logits[0])
+    final = logits.of_weights(final)
+    logit_views = layout.views(final if experiments > 1 else final[0])
     stopped_at = None if stop is None else stop.stopped_after()
     return SearchResult(
         mask, logit_views, history, connectivity.connected, connectivity.disconnected_at, settings, stopped_at,
-        plan=sampled.plan,
+        plan=sampled.plan, groups=logits.groups,
     )  # fmt: skip
 
 

@@ -36,12 +36,13 @@ def concrete_mask_backward_reference(grad_soft_mask, grad_masked_weight, weight,
     return grad_mask * soft_mask * (1 - soft_mask) / temperature, grad_masked_weight * soft_mask
 
 
-def kl_divergence(logits: torch.Tensor, prior: float) -> torch.Tensor:
+def kl_divergence(logits: torch.Tensor, prior: float, sizes: torch.Tensor | None = None) -> torch.Tensor:
     """KL(Ber(p) ‖ Ber(prior)) summed over the weights of each experiment, p = sigmoid(logits).
 
     Args:
         logits: (E, N).
         prior: a probability strictly between 0 and 1.
+        sizes: (N,), how many weights each logit stands for; one by default.
 
     Returns:
         (E,), in nats; differentiable.
@@ -49,7 +50,8 @@ def kl_divergence(logits: torch.Tensor, prior: float) -> torch.Tensor:
     p = torch.sigmoid(logits)
     kept = p * torch.log((p + KL_OFFSET) / prior)
     pruned = (1 - p) * torch.log((1 - p + KL_OFFSET) / (1 - prior))
-    return (kept + pruned).sum(dim=1)
+    each = kept + pruned
+    return (each if sizes is None else each * sizes).sum(dim=1)
 
 
 def concrete_mask_update_reference(
