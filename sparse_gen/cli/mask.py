@@ -57,8 +57,8 @@ def show(
         if name in mask.whole:
             whole += total
         else:
-            size = "×".join(map(str, shape))
-            table.add_row(name, size, f"{round(kept):,}", f"{density_bar(kept / total)} {kept / total:.2%}")
+            shown = "×".join(map(str, shape))
+            table.add_row(name, shown, f"{round(kept):,}", f"{density_bar(kept / total)} {kept / total:.2%}")
     if whole:
         table.add_row(f"{len(mask.whole)} more, kept whole", "", f"{whole:,}", f"{density_bar(1)} {1:.2%}")
     console = Console(highlight=False)
@@ -95,9 +95,13 @@ def _left_to_compute(mask, size: int):
         table.add_column(name, f"{sum_:.2f}", justify="right", no_wrap=True)
     for stage in stages:
         table.add_row(
-            stage.name, f"{stage.live_inputs} of {stage.inputs}", f"{stage.live_outputs} of {stage.outputs}",
-            f"{stage.reaching:,} of {stage.kept:,}", f"{stage.dense_flops / 1e9:.3f}", f"{stage.sparse_flops / 1e9:.3f}",
-        )  # fmt: skip
+            stage.name,
+            f"{stage.live_inputs} of {stage.inputs}",
+            f"{stage.live_outputs} of {stage.outputs}",
+            f"{stage.reaching:,} of {stage.kept:,}",
+            f"{stage.dense_flops / 1e9:.3f}",
+            f"{stage.sparse_flops / 1e9:.3f}",
+        )
     return table
 
 
