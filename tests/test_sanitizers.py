@@ -52,7 +52,14 @@ def tests_of_operators() -> list[str]:
     """The test files of all operators that have a C++ kernel."""
     registers = re.compile(r"STABLE_TORCH_LIBRARY_IMPL\(sparse_gen, CPU\b")
     stems = sorted(path.stem for path in ROOT.glob("csrc/*.cpp") if registers.search(path.read_text()))
-    return [str(ROOT / "tests" / f"test_{stem}.py") for stem in stems]
+    return sorted({str(file_of(stem)) for stem in stems})
+
+
+def file_of(stem: str) -> Path:
+    """The test file of a kernel: of its stem, or of the operator of which it is one layout."""
+    path = ROOT / "tests" / f"test_{stem}.py"
+    shorter = stem.rpartition("_")[0]
+    return path if path.exists() or not shorter else file_of(shorter)
 
 
 @pytest.fixture(scope="module")
