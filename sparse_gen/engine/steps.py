@@ -192,7 +192,6 @@ class NormHeadStep(Step):
 class SparseConvStep(Step):
     """`sparse_conv2d`; a 2×2 pool behind it becomes stride 2 on the 2×2 means of the padded input."""
 
-    layout = "sparse"
     reads_loads = True
 
     def __init__(self, conv: Conv, mask: torch.Tensor):
@@ -265,7 +264,6 @@ def _arguments(pattern: SparsePattern, padding: int, mode: int) -> tuple:
 class TapConvStep(Step):
     """`sparse_upsample_conv2d`: every tap on the small image."""
 
-    layout = "taps"
     reads_loads = True
 
     def __init__(self, conv: Conv, mask: torch.Tensor):
@@ -293,8 +291,6 @@ class TapConvStep(Step):
 
 class UpsampledSparseConvStep(Step):
     """`sparse_conv2d` on the image that was up-sampled in front of it."""
-
-    layout = "upsampled sparse"
 
     def __init__(self, conv: Conv, mask: torch.Tensor):
         self._kind, self._inner = conv.upsample, SparseConvStep(conv, mask)

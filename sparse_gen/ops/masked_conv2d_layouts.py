@@ -68,16 +68,7 @@ def pooled_means(x: torch.Tensor, padding: int, mode: int) -> torch.Tensor:
     Returns:
         (E, C, H + 2 · padding − 1, W + 2 · padding − 1). For an x that stays, they can be kept.
     """
-    padded = pad(x, padding, mode)
-    rows = padded[..., 1:, :] + padded[..., :-1, :]
-    return (rows[..., 1:] + rows[..., :-1]).mul_(0.25)
-
-
-def _pooled_means_backward(grad, x, padding, mode):
-    columns = F.pad(grad, [1, 1, 0, 0])
-    columns = columns[..., 1:] + columns[..., :-1]
-    rows = F.pad(columns, [0, 0, 1, 1])
-    return _pad_backward((rows[..., 1:, :] + rows[..., :-1, :]).mul_(0.25), x, padding, mode)
+    return torch.ops.sparse_gen.pooled_means(x.contiguous(), None, padding, mode)
 
 
 def _pad_backward(grad, x, padding, mode):
@@ -112,7 +103,7 @@ def _prepare(x, stride, padding, mode, upsample, pool):
 
 def _unprepare(grad, large, x, stride, padding, mode, upsample, pool):
     if pool and stride == 1:
-        grad = _pooled_means_backward(grad, large, padding, mode)
+        grad = torch.ops.sparse_gen.pooled_means_backward(grad.contiguous(), padding, mode)
     elif mode != 0:
         grad = _pad_backward(grad, large, padding, mode)
     return _upsample_backward(grad, x, upsample) if upsample else grad
