@@ -91,6 +91,12 @@ register_sparse_convolution(
     fake=lambda x, weight, bias, stride, padding, mode, pool: _fake(x, weight, bias, stride, padding, mode, 0, pool, 0),
     name="masked_conv2d_tiles",
 )
+register_sparse_convolution(
+    "int stride, int padding, int mode, bool pool",
+    reference=_tiles_reference,
+    fake=lambda x, weight, bias, stride, padding, mode, pool: _fake(x, weight, bias, stride, padding, mode, 0, pool, 0),
+    name="masked_conv2d_split",
+)
 LIBRARY.impl("masked_conv2d", masked_conv2d_forward, "CPU")
 LIBRARY.impl("masked_conv2d_backward", masked_conv2d_backward, "CPU")
 

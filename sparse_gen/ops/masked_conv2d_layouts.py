@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from sparse_gen.ops import convolution
 from sparse_gen.ops.convolution import TORCH_MODES
+from sparse_gen.ops.extension import status
 
 UPSAMPLE = convolution.UPSAMPLE[:3]  # bilinear with its corners aligned is left to PyTorch
-LAYOUTS = ("auto", "direct", "taps", "phase", "gemm", "tiles")
+LAYOUTS = ("auto", "direct", "taps", "phase", "gemm", "tiles", "split")
 
 aten = torch.ops.aten
 
@@ -24,8 +25,10 @@ def why_not(layout: str, weight_shape, stride: int, padding: int, mode: int, ups
         return "up-sampling and a square odd kernel up to 11 with half its size as padding"
     if layout == "phase" and not (same_size and upsample == 1 and kernel_h == 3):
         return "nearest up-sampling and a 3×3 kernel with padding 1"
-    if layout == "tiles" and (upsample or (pool and stride == 2) or kernel_h * kernel_w > 121):
+    if layout in ("tiles", "split") and (upsample or (pool and stride == 2) or kernel_h * kernel_w > 121):
         return "a kernel of up to 121 weights without up-sampling, a pool with stride 1 only"
+    if layout == "split" and status().instruction_set != "amx":
+        return "processors with AMX tiles of bfloat16"
     return None
 
 
@@ -266,10 +269,25 @@ def _tiles_backward(grad_out, x, weight, stride, padding, mode, _upsample, pool,
     )
 
 
+# Floats alone are split into three bfloat16.
+def _split_forward(x, weight, bias, stride, padding, mode, upsample, pool):
+    if x.dtype != torch.float32:
+        return _tiles_forward(x, weight, bias, stride, padding, mode, upsample, pool)
+    return torch.ops.sparse_gen.masked_conv2d_split(x, weight, bias, stride, padding, mode, pool)
+
+
+def _split_backward(grad_out, x, weight, stride, padding, mode, upsample, pool, needs_x, needs_weight):
+    arguments = (grad_out, x, weight, stride, padding, mode, pool, needs_x, needs_weight)
+    if x.dtype != torch.float32:
+        return torch.ops.sparse_gen.masked_conv2d_tiles_backward(*arguments)
+    return torch.ops.sparse_gen.masked_conv2d_split_backward(*arguments)
+
+
 _RUN = {
     "direct": _convolution_layout(_direct, _direct_backward),
     "gemm": _convolution_layout(_gemm, _gemm_backward),
     "phase": SimpleNamespace(forward=_phase_forward, backward=_phase_backward),
     "tiles": SimpleNamespace(forward=_tiles_forward, backward=_tiles_backward),
+    "split": SimpleNamespace(forward=_split_forward, backward=_split_backward),
     "taps": SimpleNamespace(forward=_taps_forward, backward=_taps_backward),
 }

@@ -1,0 +1,315 @@
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "amx/split.h"
+#include "binding.h"
+#include "cpu/masked_conv2d_tiles.h"
+#include "scratch.h"
+
+namespace sparse_gen {
+
+namespace {
+
+#if defined(SPARSE_GEN_AMX)
+
+using amx::Depth;
+using amx::kParts;
+using amx::kTile;
+using amx::kTileBytes;
+using amx::Operand;
+using amx::Step;
+
+// Elements of a band of the source, or of the output's gradient, whose parts stay in a core's second cache.
+constexpr int64_t kBandElements = 98304;
+constexpr int64_t kRows = 2 * kTile;  // that one product works on at a time
+constexpr int64_t kMargin = 2 * kTile;
+
+// From one plane of parts to the next an odd number of cache lines, with room for a product's last columns behind.
+int64_t plane_of(int64_t elements) { return ((elements + kMargin + 15) / 16 | 1) * 16; }
+
+int64_t blocks_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
+
+// How rows of an image are dealt out: in bands that fit the cache, and in groups of channels if there are few bands.
+struct Deal {
+  int64_t rows, bands, group, groups;
+
+  Deal(int64_t height, int64_t elements_a_row, int64_t reach, int64_t channels) {
+    rows = std::clamp<int64_t>(kBandElements / elements_a_row - reach, 4, height);
+    bands = (height + rows - 1) / rows;
+    if (bands > 1) bands += bands % 2;
+    rows = (height + bands - 1) / bands;
+    group = bands >= 8 ? (channels + kRows - 1) / kRows * kRows : kRows;
+    groups = (channels + group - 1) / group;
+  }
+};
+
+// The weight as a left operand whose rows, `rows` of them, and depth go over its channels in the given strides.
+struct PackedWeight {
+  Depth depth;
+  int64_t taps, block;  // bytes of 16 rows
+  const char* data;
+
+  PackedWeight(const float* weight, int64_t rows, int64_t row_stride, int64_t channels, int64_t channel_stride,
+               const std::vector<int>& tap_at, char* to)
+      : depth(channels),
+        taps(tap_at.size()),
+        block(bytes_of_16_rows(channels, tap_at.size())),
+        data(to) {
+    std::vector<int> row_at(blocks_of(rows) * kTile), channel_at(channels);
+    for (int64_t r = 0; r < rows; ++r) row_at[r] = r * row_stride;
+    for (int64_t i = 0; i < channels; ++i) channel_at[i] = i * channel_stride;
+    torch::stable::parallel_for(0, blocks_of(rows), 1, [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n)
+        amx::pack_weight(depth, weight, std::min<int64_t>(rows - n * kTile, kTile), row_at.data() + n * kTile,
+                         channel_at.data(), taps, tap_at.data(), to + n * block);
+    });
+  }
+
+  static int64_t bytes_of_16_rows(int64_t channels, int64_t taps) { return Depth(channels).tiles() * taps * kTileBytes; }
+
+  // A sum over the planes that begin at `planes`, of rows from .. to - 1.
+  void multiply(const unsigned* planes, int64_t plane, const std::vector<Step>& steps, int64_t from, int64_t to,
+                int64_t columns, float* c, int64_t c_stride) const {
+    amx::tile_product({data + from / kTile * block, 64, block}, {planes, 4 * plane, 64}, steps.data(), steps.size(),
+                      depth.tile_pairs(), blocks_of(to - from), blocks_of(columns), c, c_stride, false);
+  }
+};
+
+std::vector<Step> steps_of(const Depth& depth, int64_t plane, const std::vector<long long>& tap_at) {
+  std::vector<Step> steps(depth.blocks() * tap_at.size() * depth.products());
+  amx::plan_steps(depth, plane, tap_at.size(), tap_at.data(), steps.data());
+  return steps;
+}
+
+void forward(const TileConvolution& c, const float* x, const float* weight, const float* bias, float* out) {
+  const Deal deal(c.out_h(), c.in_channels * c.phases() * c.phase_w(), c.reach_h(), c.out_channels);
+  const int64_t width = c.phase_w(), phase = (deal.rows + c.reach_h()) * width;
+  const int64_t stride = tile_plane(c.phases() * phase), plane = plane_of(c.phases() * phase);
+  std::vector<int> weight_at(c.taps());
+  for (int64_t tap = 0; tap < c.taps(); ++tap) weight_at[tap] = tap;
+  char* packed = scratch<char>(0, blocks_of(c.out_channels) * PackedWeight::bytes_of_16_rows(c.in_channels, c.taps()));
+  const PackedWeight left(weight, c.out_channels, c.in_channels * c.taps(), c.in_channels, c.taps(), weight_at, packed);
+  torch::stable::parallel_for(0, deal.bands * deal.groups, 1, [&](int64_t begin, int64_t end) {
+    float* source = scratch<float>(1, c.in_channels * stride + tile_plane(c.source_w()));
+    unsigned* planes = scratch<unsigned>(2, left.depth.planes() * plane + kMargin);
+    const int64_t room_stride = plane_of(deal.rows * width);
+    float* room = scratch<float>(3, kRows * room_stride);
+    std::vector<Step> steps;
+    int64_t prepared = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t band = task / deal.groups, first = band * deal.rows;
+      const int64_t last = std::min<int64_t>(first + deal.rows, c.out_h());
+      const int64_t from = task % deal.groups * deal.group, to = std::min<int64_t>(from + deal.group, c.out_channels);
+      if (first >= last) continue;
+      if (band != prepared) {
+        const int64_t own_phase = (last - first + c.reach_h()) * width;
+        SPARSE_GEN_DISPATCH(tile_source, c, x, first, last, source, stride, source + c.in_channels * stride);
+        amx::pack_planes(left.depth, source, stride, c.phases() * own_phase, planes, plane);
+        std::vector<long long> tap_at(c.taps());
+        for (int64_t tap = 0; tap < c.taps(); ++tap) {
+          const int64_t ky = tap / c.kernel_w, kx = tap % c.kernel_w, step = c.stride;
+          tap_at[tap] = (ky % step * step + kx % step) * own_phase + ky / step * width + kx / step;
+        }
+        steps = steps_of(left.depth, plane, tap_at);
+      }
+      prepared = band;
+      for (int64_t row = from; row < to; row += kRows) {
+        const int64_t row_end = std::min(row + kRows, to);
+        left.multiply(planes, plane, steps, row, row_end, (last - first) * width, room, room_stride);
+        for (int64_t o = row; o < row_end; ++o)
+          for (int64_t y = first; y < last; ++y) {
+            const float* sums = room + (o - row) * room_stride + (y - first) * width;
+            float* result = out + (o * c.out_h() + y) * c.out_w();
+            const float own_bias = bias ? bias[o] : 0;
+            for (int64_t i = 0; i < c.out_w(); ++i) result[i] = sums[i] + own_bias;
+          }
+      }
+    }
+  });
+}
+
+void backward_x(const TileConvolution& c, const float* grad_out, const float* weight, float* grad_x) {
+  const Deal deal(c.phase_h(), c.out_channels * c.phase_w(), c.reach_h(), c.in_channels);
+  const int64_t width = c.phase_w(), step = c.stride;
+  const int64_t elements = (deal.rows + c.reach_h()) * width + c.reach_w();
+  const int64_t stride = tile_plane(elements), plane = plane_of(elements), room_stride = plane_of(deal.rows * width);
+  const int64_t result_stride = tile_plane(c.phases() * c.phase_h() * width);
+  // Each phase of the source has taps of its own.
+  std::vector<PackedWeight> left;
+  std::vector<std::vector<Step>> steps;
+  const int64_t bytes = blocks_of(c.in_channels) * PackedWeight::bytes_of_16_rows(c.out_channels, 1);
+  char* packed = scratch<char>(0, c.taps() * bytes);
+  for (int64_t p = 0; p < c.phases(); ++p) {
+    std::vector<int> weight_at;
+    std::vector<long long> tap_at;
+    for (int64_t tap = 0; tap < c.taps(); ++tap) {
+      const int64_t ky = tap / c.kernel_w, kx = tap % c.kernel_w;
+      if (ky % step * step + kx % step != p) continue;
+      weight_at.push_back(tap);
+      tap_at.push_back(c.reach_w() + (c.reach_h() - ky / step) * width - kx / step);
+    }
+    left.emplace_back(weight, c.in_channels, c.taps(), c.out_channels, c.in_channels * c.taps(), weight_at, packed);
+    packed += weight_at.size() * bytes;
+    steps.push_back(steps_of(left[p].depth, plane, tap_at));
+  }
+  float* result = scratch<float>(4, c.in_channels * result_stride);
+  torch::stable::parallel_for(0, deal.bands * deal.groups, 1, [&](int64_t begin, int64_t end) {
+    float* gradient = scratch<float>(1, c.out_channels * stride);
+    unsigned* planes = scratch<unsigned>(2, left[0].depth.planes() * plane + kMargin);
+    float* room = scratch<float>(3, kRows * room_stride);
+    int64_t prepared = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t band = task / deal.groups, first = band * deal.rows;
+      const int64_t last = std::min<int64_t>(first + deal.rows, c.phase_h()), count = (last - first) * width;
+      const int64_t from = task % deal.groups * deal.group, to = std::min<int64_t>(from + deal.group, c.in_channels);
+      if (first >= last) continue;
+      if (band != prepared) {
+        SPARSE_GEN_DISPATCH(tile_gradient, c, grad_out, first, last, gradient, stride);
+        amx::pack_planes(left[0].depth, gradient, stride, elements, planes, plane);
+      }
+      prepared = band;
+      for (int64_t row = from; row < to; row += kRows)
+        for (int64_t p = 0; p < c.phases(); ++p) {
+          const int64_t row_end = std::min(row + kRows, to);
+          left[p].multiply(planes, plane, steps[p], row, row_end, count, room, room_stride);
+          for (int64_t i = row; i < row_end; ++i)
+            std::copy_n(room + (i - row) * room_stride, count,
+                        result + i * result_stride + (p * c.phase_h() + first) * width);
+        }
+    }
+  });
+  torch::stable::parallel_for(0, c.in_channels, 1, [&](int64_t from, int64_t to) {
+    float* rows = scratch<float>(3, 2 * tile_plane(c.width + 2 * c.padding));
+    for (int64_t i = from; i < to; ++i)
+      SPARSE_GEN_DISPATCH(tile_fold, c, result + i * result_stride, grad_x + i * c.height * c.width, rows);
+  });
+}
+
+// Adds the gradient by the weights of input channels from .. to - 1, from output rows begin .. end - 1, up in `sums`:
+// a row for every input channel and tap, the output channels along it.
+void add_grad_weight(const TileConvolution& whole, const float* grad_out, const float* x, int64_t from, int64_t to,
+                     int64_t begin, int64_t end, float* sums, int64_t stride) {
+  TileConvolution c = whole;
+  c.in_channels = to - from;
+  const int64_t width = c.phase_w(), step = c.stride;
+  const int64_t rows = std::clamp<int64_t>(
+      kBandElements / ((c.in_channels * c.phases() + c.out_channels) * width) - c.reach_h(), 4, end - begin);
+  const int64_t phase = (rows + c.reach_h()) * width, source_stride = tile_plane(c.phases() * phase);
+  const int64_t columns = rows * width, gradient_stride = tile_plane(phase + c.reach_w());
+  const int64_t in_rows = blocks_of(c.in_channels) * kTile;
+  // Columns are summed over: behind the last one, up to a whole tile and the farthest tap, there must be zeros.
+  const int64_t zeros = kMargin + c.reach_h() * width + c.reach_w() + kTile;
+  const int64_t plane = ((c.phases() * phase + zeros + 31) / 32 | 1) * 32, part = in_rows * plane;
+  float* source = scratch<float>(1, c.in_channels * source_stride + tile_plane(c.source_w()));
+  float* gradient = scratch<float>(3, c.out_channels * gradient_stride);
+  auto* left = scratch<unsigned short>(2, kParts * part + zeros);
+  char* right = scratch<char>(5, kParts * amx::row_tiles(c.out_channels, columns) * kTileBytes);
+  if (step == 2) std::fill_n(source, c.in_channels * source_stride, 0.0f);  // what no phase fills is multiplied by zeros
+  std::vector<Step> steps((columns + 31) / 32 * 6);
+  for (int64_t first = begin; first < end; first += rows) {
+    const int64_t last = std::min(first + rows, end), own = (last - first) * width;
+    const int64_t own_phase = own + c.reach_h() * width, right_part = amx::row_tiles(c.out_channels, own) * kTileBytes;
+    SPARSE_GEN_DISPATCH(tile_source, c, x + from * c.height * c.width, first, last, source, source_stride,
+                        source + c.in_channels * source_stride);
+    amx::pack_rows(source, source_stride, c.in_channels, c.phases() * own_phase, zeros - kTile, left, plane, part);
+    SPARSE_GEN_DISPATCH(tile_gradient, c, grad_out, first, last, gradient, gradient_stride);
+    const float* own_gradient = gradient + c.reach_w() + c.reach_h() * width;
+    amx::pack_transposed(own_gradient, gradient_stride, c.out_channels, own, right);
+    amx::plan_column_steps(own, part * sizeof *left, right_part, steps.data());
+    const int64_t right_block = (own + 31) / 32 * kTileBytes;
+    for (int64_t row = 0; row < in_rows; row += kRows)
+      for (int64_t tap = 0; tap < c.taps(); ++tap) {
+        const int64_t ky = tap / c.kernel_w, kx = tap % c.kernel_w;
+        const int64_t at = (ky % step * step + kx % step) * own_phase + ky / step * width + kx / step;
+        amx::tile_product({left + row * plane + at, plane * 2, kTile * plane * 2}, {right, 64, right_block},
+                          steps.data(), (own + 31) / 32 * 6, kTile, std::min<int64_t>(in_rows - row, kRows) / kTile,
+                          blocks_of(c.out_channels), sums + ((from + row) * c.taps() + tap) * stride,
+                          c.taps() * stride, first != begin);
+      }
+  }
+}
+
+void backward_weight(const TileConvolution& c, const float* grad_out, const float* x, float* grad_weight) {
+  const int64_t stride = blocks_of(c.out_channels) * kTile, in_rows = blocks_of(c.in_channels) * kTile;
+  const int64_t part = in_rows * c.taps() * stride;
+  // A fixed number of bands, so that the sum over them does not depend on the number of threads. Where one part is
+  // large, the input channels are dealt out instead.
+  const int64_t bands = std::min<int64_t>(part > 131072 ? 1 : std::clamp<int64_t>(524288 / part, 4, 16), c.out_h());
+  const int64_t group = bands > 1 ? in_rows : kRows, groups = (in_rows + group - 1) / group;
+  float* parts = scratch<float>(0, bands * part);
+  torch::stable::parallel_for(0, bands * groups, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t band = task / groups, from = task % groups * group;
+      add_grad_weight(c, grad_out, x, from, std::min<int64_t>(from + group, c.in_channels), band * c.out_h() / bands,
+                      (band + 1) * c.out_h() / bands, parts + band * part, stride);
+    }
+  });
+  const int64_t rows = c.in_channels * c.taps();
+  torch::stable::parallel_for(0, blocks_of(rows), 1, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kTile;
+    amx::add_transposed(parts + begin * stride, bands, part, std::min<int64_t>(last * kTile, rows) - begin,
+                        c.out_channels, stride, grad_weight + begin, rows);
+  });
+}
+
+#endif
+
+void check_usable() {
+  STD_TORCH_CHECK(instruction_set() == InstructionSet::amx,
+                  "expected a processor with AMX tiles of bfloat16, got one without, choose another layout");
+}
+
+TileConvolution convolution_of(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t mode,
+                               bool pool) {
+  check_usable();
+  return {x.size(1), weight.size(1), x.size(2), x.size(3), weight.size(3), weight.size(4), pool ? 2 : stride, padding,
+          mode,      pool};
+}
+
+}  // namespace
+
+// x (E, in, H, W), weight (E, out, in, kh, kw), bias (E, out), all float32.
+Tensor masked_conv2d_split(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride,
+                           int64_t padding, int64_t mode, bool pool) {
+  const TileConvolution c = convolution_of(x, weight, stride, padding, mode, pool);
+  Tensor out = torch::stable::empty({x.size(0), c.out_channels, c.out_h(), c.out_w()}, x.scalar_type());
+#if defined(SPARSE_GEN_AMX)
+  for (int64_t e = 0; e < x.size(0); ++e)
+    forward(c, x.const_data_ptr<float>() + e * c.in_channels * c.height * c.width,
+            weight.const_data_ptr<float>() + e * c.out_channels * c.in_channels * c.taps(),
+            bias ? bias->const_data_ptr<float>() + e * c.out_channels : nullptr,
+            out.mutable_data_ptr<float>() + e * c.out_channels * c.out_h() * c.out_w());
+#endif
+  return out;
+}
+
+std::tuple<Tensor, Tensor> masked_conv2d_split_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
+                                                        int64_t stride, int64_t padding, int64_t mode, bool pool,
+                                                        bool needs_grad_x, bool needs_grad_weight) {
+  const TileConvolution c = convolution_of(x, weight, stride, padding, mode, pool);
+  const auto like = [&](const Tensor& tensor, bool needed) {
+    return needed ? torch::stable::empty_like(tensor) : torch::stable::empty({0}, x.scalar_type());
+  };
+  Tensor grad_x = like(x, needs_grad_x), grad_weight = like(weight, needs_grad_weight);
+#if defined(SPARSE_GEN_AMX)
+  for (int64_t e = 0; e < x.size(0); ++e) {
+    const int64_t image = e * c.in_channels * c.height * c.width;
+    const int64_t weights = e * c.out_channels * c.in_channels * c.taps();
+    const float* gradient = grad_out.const_data_ptr<float>() + e * c.out_channels * c.out_h() * c.out_w();
+    if (needs_grad_x)
+      backward_x(c, gradient, weight.const_data_ptr<float>() + weights, grad_x.mutable_data_ptr<float>() + image);
+    if (needs_grad_weight)
+      backward_weight(c, gradient, x.const_data_ptr<float>() + image, grad_weight.mutable_data_ptr<float>() + weights);
+  }
+#endif
+  return {grad_x, grad_weight};
+}
+
+}  // namespace sparse_gen
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_gen, CPU, m) {
+  m.impl("masked_conv2d_split", TORCH_BOX(&sparse_gen::masked_conv2d_split));
+  m.impl("masked_conv2d_split_backward", TORCH_BOX(&sparse_gen::masked_conv2d_split_backward));
+}
