@@ -20,6 +20,7 @@ using amx::kTile;
 using amx::kTileBytes;
 using amx::Operand;
 using amx::Step;
+using amx::WeightSquares;
 
 // Elements of a band of the source, or of the output's gradient, whose parts stay in a core's second cache.
 constexpr int64_t kBandElements = 98304;
@@ -73,7 +74,8 @@ struct PackedWeight {
   void multiply(const unsigned* planes, int64_t plane, const std::vector<Step>& steps, int64_t from, int64_t to,
                 int64_t columns, float* c, int64_t c_stride) const {
     amx::tile_product({data + from / kTile * block, 64, block}, {planes, 4 * plane, 64}, steps.data(), steps.size(),
-                      depth.tile_pairs(), blocks_of(to - from), blocks_of(columns), c, c_stride, false);
+                      depth.tile_pairs(), blocks_of(to - from), blocks_of(columns), {c, c_stride, kTile * c_stride, kTile},
+                      false);
   }
 };
 
@@ -187,10 +189,12 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
   });
 }
 
-// Adds the gradient by the weights of input channels from .. to - 1, from output rows begin .. end - 1, up in `sums`:
-// a row for every input channel and tap, the output channels along it.
+// Columns of 32 that one product sums over: what it reads, for 32 by 32 channels, stays in the first cache over all taps.
+constexpr int64_t kColumnTiles = 4;
+
+// Adds the gradient by the weights of input channels from .. to - 1, from output rows begin .. end - 1, up in `squares`.
 void add_grad_weight(const TileConvolution& whole, const float* grad_out, const float* x, int64_t from, int64_t to,
-                     int64_t begin, int64_t end, float* sums, int64_t stride) {
+                     int64_t begin, int64_t end, const WeightSquares& shape, float* squares) {
   TileConvolution c = whole;
   c.in_channels = to - from;
   const int64_t width = c.phase_w(), step = c.stride;
@@ -198,59 +202,71 @@ void add_grad_weight(const TileConvolution& whole, const float* grad_out, const 
       kBandElements / ((c.in_channels * c.phases() + c.out_channels) * width) - c.reach_h(), 4, end - begin);
   const int64_t phase = (rows + c.reach_h()) * width, source_stride = tile_plane(c.phases() * phase);
   const int64_t columns = rows * width, gradient_stride = tile_plane(phase + c.reach_w());
-  const int64_t in_rows = blocks_of(c.in_channels) * kTile;
+  const int64_t blocks = blocks_of(c.in_channels);
   // Columns are summed over: behind the last one, up to a whole tile and the farthest tap, there must be zeros.
-  const int64_t zeros = kMargin + c.reach_h() * width + c.reach_w() + kTile;
-  const int64_t plane = ((c.phases() * phase + zeros + 31) / 32 | 1) * 32, part = in_rows * plane;
+  const int64_t zeros = kMargin + c.reach_h() * width + c.reach_w();
+  const int64_t plane = ((c.phases() * phase + zeros + kTile + 31) / 32 | 1) * 32, part = blocks * kTile * plane;
   float* source = scratch<float>(1, c.in_channels * source_stride + tile_plane(c.source_w()));
   float* gradient = scratch<float>(3, c.out_channels * gradient_stride);
   auto* left = scratch<unsigned short>(2, kParts * part + zeros);
   char* right = scratch<char>(5, kParts * amx::row_tiles(c.out_channels, columns) * kTileBytes);
   if (step == 2) std::fill_n(source, c.in_channels * source_stride, 0.0f);  // what no phase fills is multiplied by zeros
   std::vector<Step> steps((columns + 31) / 32 * 6);
+  std::vector<int64_t> tap_at(c.taps());
   for (int64_t first = begin; first < end; first += rows) {
-    const int64_t last = std::min(first + rows, end), own = (last - first) * width;
-    const int64_t own_phase = own + c.reach_h() * width, right_part = amx::row_tiles(c.out_channels, own) * kTileBytes;
+    const int64_t last = std::min(first + rows, end), own = (last - first) * width, tiles = (own + 31) / 32;
+    const int64_t own_phase = own + c.reach_h() * width;
     SPARSE_GEN_DISPATCH(tile_source, c, x + from * c.height * c.width, first, last, source, source_stride,
                         source + c.in_channels * source_stride);
-    amx::pack_rows(source, source_stride, c.in_channels, c.phases() * own_phase, zeros - kTile, left, plane, part);
+    amx::pack_rows(source, source_stride, c.in_channels, c.phases() * own_phase, zeros, left, plane, part);
     SPARSE_GEN_DISPATCH(tile_gradient, c, grad_out, first, last, gradient, gradient_stride);
     const float* own_gradient = gradient + c.reach_w() + c.reach_h() * width;
     amx::pack_transposed(own_gradient, gradient_stride, c.out_channels, own, right);
-    amx::plan_column_steps(own, part * sizeof *left, right_part, steps.data());
-    const int64_t right_block = (own + 31) / 32 * kTileBytes;
-    for (int64_t row = 0; row < in_rows; row += kRows)
-      for (int64_t tap = 0; tap < c.taps(); ++tap) {
-        const int64_t ky = tap / c.kernel_w, kx = tap % c.kernel_w;
-        const int64_t at = (ky % step * step + kx % step) * own_phase + ky / step * width + kx / step;
-        amx::tile_product({left + row * plane + at, plane * 2, kTile * plane * 2}, {right, 64, right_block},
-                          steps.data(), (own + 31) / 32 * 6, kTile, std::min<int64_t>(in_rows - row, kRows) / kTile,
-                          blocks_of(c.out_channels), sums + ((from + row) * c.taps() + tap) * stride,
-                          c.taps() * stride, first != begin);
+    amx::plan_column_steps(own, part * sizeof *left, amx::row_tiles(c.out_channels, own) * kTileBytes, steps.data());
+    for (int64_t tap = 0; tap < c.taps(); ++tap) {
+      const int64_t ky = tap / c.kernel_w, kx = tap % c.kernel_w;
+      tap_at[tap] = (ky % step * step + kx % step) * own_phase + ky / step * width + kx / step;
+    }
+    const auto product = [&](int64_t block, int64_t tap, int64_t tile, int64_t count, int64_t row_blocks,
+                             int64_t a_block, int64_t c_block) {
+      amx::tile_product({left + block * kTile * plane + tap_at[tap], plane * 2, a_block}, {right, 64, tiles * kTileBytes},
+                        steps.data() + 6 * tile, 6 * count, kTile, row_blocks, shape.row_blocks(),
+                        {squares + shape.at(from / kTile + block, tap), kTile, c_block, 256},
+                        first != begin || tile > 0);
+    };
+    for (int64_t tile = 0; tile < tiles; tile += kColumnTiles) {
+      const int64_t count = std::min(kColumnTiles, tiles - tile);
+      for (int64_t block = 0; block + 1 < blocks; block += 2)
+        for (int64_t tap = 0; tap < c.taps(); ++tap)
+          product(block, tap, tile, count, 2, kTile * plane * 2, shape.at(1, 0));
+      // Sixteen channels by themselves: two taps at a time.
+      for (int64_t tap = 0; blocks % 2 && tap < c.taps(); tap += 2) {
+        const bool two = tap + 1 < c.taps();
+        product(blocks - 1, tap, tile, count, 1 + two, two ? (tap_at[tap + 1] - tap_at[tap]) * 2 : 0, shape.at(0, 1));
       }
+    }
   }
 }
 
 void backward_weight(const TileConvolution& c, const float* grad_out, const float* x, float* grad_weight) {
-  const int64_t stride = blocks_of(c.out_channels) * kTile, in_rows = blocks_of(c.in_channels) * kTile;
-  const int64_t part = in_rows * c.taps() * stride;
+  const WeightSquares shape{c.out_channels, c.in_channels, c.taps()};
   // A fixed number of bands, so that the sum over them does not depend on the number of threads. Where one part is
   // large, the input channels are dealt out instead.
-  const int64_t bands = std::min<int64_t>(part > 131072 ? 1 : std::clamp<int64_t>(524288 / part, 4, 16), c.out_h());
-  const int64_t group = bands > 1 ? in_rows : kRows, groups = (in_rows + group - 1) / group;
-  float* parts = scratch<float>(0, bands * part);
+  const int64_t pixels = c.out_h() * c.out_w();
+  const int64_t most = shape.size() > 131072 ? (pixels < 2048 ? 1 : 4) : pixels < 16384 ? 4 : 8;
+  const int64_t bands = std::min<int64_t>(most, c.out_h());
+  const int64_t group = bands > 1 ? c.in_channels : kRows, groups = (c.in_channels + group - 1) / group;
+  float* parts = scratch<float>(0, bands * shape.size());
   torch::stable::parallel_for(0, bands * groups, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t band = task / groups, from = task % groups * group;
       add_grad_weight(c, grad_out, x, from, std::min<int64_t>(from + group, c.in_channels), band * c.out_h() / bands,
-                      (band + 1) * c.out_h() / bands, parts + band * part, stride);
+                      (band + 1) * c.out_h() / bands, shape, parts + band * shape.size());
     }
   });
-  const int64_t rows = c.in_channels * c.taps();
-  torch::stable::parallel_for(0, blocks_of(rows), 1, [&](int64_t first, int64_t last) {
-    const int64_t begin = first * kTile;
-    amx::add_transposed(parts + begin * stride, bands, part, std::min<int64_t>(last * kTile, rows) - begin,
-                        c.out_channels, stride, grad_weight + begin, rows);
+  const int64_t columns = c.in_channels * c.taps();
+  torch::stable::parallel_for(0, blocks_of(columns), 1, [&](int64_t first, int64_t last) {
+    amx::collect_squares(shape, parts, bands, first * kTile, std::min<int64_t>(last * kTile, columns), grad_weight);
   });
 }
 

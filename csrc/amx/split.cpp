@@ -180,12 +180,13 @@ void plan_column_steps(long long columns, long long a_part, long long b_part, St
     const auto step = [&](long long left, long long right, bool load_a, bool load_b) {
       *steps++ = {left * a_part + block * 64, right * b_part + block * kTileBytes, load_a, load_b};
     };
-    step(0, 2, true, true);
-    step(0, 0, false, true);
-    step(2, 0, true, false);
-    step(1, 0, true, false);
-    step(1, 1, false, true);
-    step(0, 1, true, false);
+    // Rows begin anywhere in a cache line, so that theirs are the dearer loads: three of them, four of the others.
+    step(2, 0, true, true);
+    step(0, 0, true, false);
+    step(0, 2, false, true);
+    step(0, 1, false, true);
+    step(1, 1, true, false);
+    step(1, 0, false, true);
   }
 }
 
@@ -211,8 +212,7 @@ void choose_sizes(long long tile_pairs) {
 
 // The names of tiles must be written out: no templates.
 #define SPARSE_GEN_KERNEL(name, BEGIN, LOAD_A, LOAD_B, PRODUCTS, END)                                            \
-  void name(const Operand& a, const Operand& b, const Step* steps, long long count, float* c, long long stride, \
-            long long block, bool add) {                                                                        \
+  void name(const Operand& a, const Operand& b, const Step* steps, long long count, const Sums& c, bool add) {  \
     BEGIN;                                                                                                      \
     for (const Step* step = steps; step != steps + count; ++step) {                                             \
       const char *left = (const char*)a.data + step->a, *right = (const char*)b.data + step->b;                 \
@@ -222,12 +222,13 @@ void choose_sizes(long long tile_pairs) {
     }                                                                                                           \
     END;                                                                                                        \
   }
-#define FIRST(tile, row, column) \
-  if (add)                       \
-    _tile_loadd(tile, c + row * block + column * 16, 4 * stride);                            \
-  else                           \
+#define AT(row, column) (c.data + row * c.row_block + column * c.column_block)
+#define FIRST(tile, row, column)                   \
+  if (add)                                         \
+    _tile_loadd(tile, AT(row, column), 4 * c.stride); \
+  else                                             \
     _tile_zero(tile)
-#define LAST(tile, row, column) _tile_stored(tile, c + row * block + column * 16, 4 * stride)
+#define LAST(tile, row, column) _tile_stored(tile, AT(row, column), 4 * c.stride)
 #define A(tile, n) _tile_loadd(tile, left + n * a.block, a.stride)
 #define B(tile, n) _tile_loadd(tile, right + n * b.block, b.stride)
 #define P _tile_dpbf16ps
@@ -246,39 +247,43 @@ SPARSE_GEN_KERNEL(one_by_one, FIRST(0, 0, 0), A(6, 0), B(4, 0), P(0, 6, 4), LAST
 #undef A
 #undef LAST
 #undef FIRST
+#undef AT
 #undef SPARSE_GEN_KERNEL
 
 }  // namespace
 
 void tile_product(const Operand& a, const Operand& b, const Step* steps, long long count, long long tile_pairs,
-                  long long row_blocks, long long column_blocks, float* c, long long c_stride, bool add) {
+                  long long row_blocks, long long column_blocks, const Sums& c, bool add) {
   choose_sizes(tile_pairs);
   for (long long row = 0; row < row_blocks; row += 2)
     for (long long column = 0; column < column_blocks; column += 2) {
       const Operand left{(const char*)a.data + row * a.block, a.stride, a.block};
       const Operand right{(const char*)b.data + column * b.block, b.stride, b.block};
+      const Sums sums{c.data + row * c.row_block + column * c.column_block, c.stride, c.row_block, c.column_block};
       const bool rows = row + 1 < row_blocks, columns = column + 1 < column_blocks;
       const auto kernel = rows ? (columns ? two_by_two : two_by_one) : columns ? one_by_two : one_by_one;
-      kernel(left, right, steps, count, c + row * 16 * c_stride + column * 16, c_stride, 16 * c_stride, add);
+      kernel(left, right, steps, count, sums, add);
     }
   _tile_release();
 }
 
-void add_transposed(const float* parts, long long count, long long part, long long rows, long long columns,
-                    long long stride, float* to, long long to_stride) {
+void collect_squares(const WeightSquares& s, const float* squares, long long count, long long begin, long long end,
+                     float* to) {
   alignas(64) float square[16 * 16], turned[16 * 16];
-  for (long long r = 0; r < rows; r += 16)
-    for (long long x = 0; x < columns; x += 16) {
+  for (long long first = begin; first < end; first += 16)
+    for (long long block = 0; block < s.row_blocks(); ++block) {
       for (long long i = 0; i < 16; ++i) {
         __m512 sum = _mm512_setzero_ps();
-        if (r + i < rows)
-          for (long long n = 0; n < count; ++n)
-            sum = _mm512_add_ps(sum, _mm512_loadu_ps(parts + n * part + (r + i) * stride + x));
+        const long long channel = (first + i) / s.taps, tap = (first + i) % s.taps;
+        const float* own = squares + s.at(channel / 16, tap) + block * 256 + channel % 16 * 16;
+        if (first + i < end)
+          for (long long n = 0; n < count; ++n) sum = _mm512_add_ps(sum, _mm512_loadu_ps(own + n * s.size()));
         _mm512_store_ps(square + i * 16, sum);
       }
       transpose(square, 16, 16, 16, turned, 16);
-      for (long long i = 0; i < 16 && x + i < columns; ++i)
-        _mm512_mask_storeu_ps(to + (x + i) * to_stride + r, first_lanes(rows - r), _mm512_load_ps(turned + i * 16));
+      for (long long i = 0; i < 16 && block * 16 + i < s.rows; ++i)
+        _mm512_mask_storeu_ps(to + (block * 16 + i) * s.channels * s.taps + first, first_lanes(end - first),
+                              _mm512_load_ps(turned + i * 16));
     }
 }
 

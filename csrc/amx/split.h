@@ -70,12 +70,26 @@ constexpr long long row_tiles(long long rows, long long columns) { return (rows 
 // The six steps of every 32 columns; count = 6 * ((columns + 31) / 32).
 void plan_column_steps(long long columns, long long a_part, long long b_part, Step* steps);
 
-// c (16 row_blocks × 16 column_blocks, its rows c_stride elements apart) = or += the sum over the
-// steps; tile_pairs along the depth.
-void tile_product(const Operand& a, const Operand& b, const Step* steps, long long count, long long tile_pairs, long long row_blocks, long long column_blocks, float* c, long long c_stride, bool add);
+// A sum's squares of 16 × 16: a row every `stride` elements, the next 16 rows and columns where these say.
+struct Sums {
+  float* data;
+  long long stride, row_block, column_block;
+};
 
-// to (columns × rows, `to_stride` apart) = the transposed sum of `count` matrices of `rows` rows, a matrix every `part`
-// elements; whole vectors are read, none written behind.
-void add_transposed(const float* parts, long long count, long long part, long long rows, long long columns, long long stride, float* to, long long to_stride);
+// c (16 row_blocks × 16 column_blocks) = or += the sum over the steps; tile_pairs along the depth.
+void tile_product(const Operand& a, const Operand& b, const Step* steps, long long count, long long tile_pairs, long long row_blocks, long long column_blocks, const Sums& c, bool add);
+
+// The gradient of a weight (rows × in × taps) as squares of 16 channels of its input by 16 of its rows, for each 16
+// channels, tap and 16 rows one; rows and channels that are missing are there.
+struct WeightSquares {
+  long long rows, channels, taps;
+
+  long long row_blocks() const { return (rows + 15) / 16; }
+  long long at(long long channel_block, long long tap) const { return (channel_block * taps + tap) * row_blocks() * 256; }
+  long long size() const { return at((channels + 15) / 16, 0); }
+};
+
+// Columns begin .. end - 1 of `to` (rows × (in · taps)) = the sum of `count` such gradients, one every size().
+void collect_squares(const WeightSquares&, const float* squares, long long count, long long begin, long long end, float* to);
 
 }  // namespace sparse_gen::amx
