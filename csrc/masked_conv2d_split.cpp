@@ -3,10 +3,10 @@
 #include <tuple>
 #include <vector>
 
-#include "amx/split.h"
 #include "binding.h"
 #include "cpu/masked_conv2d_tiles.h"
 #include "scratch.h"
+#include "split_weight.h"
 
 namespace sparse_gen {
 
@@ -14,23 +14,13 @@ namespace {
 
 #if defined(SPARSE_GEN_AMX)
 
-using amx::Depth;
 using amx::kParts;
-using amx::kTile;
 using amx::kTileBytes;
-using amx::Operand;
 using amx::Step;
 using amx::WeightSquares;
 
 // Elements of a band of the source, or of the output's gradient, whose parts stay in a core's second cache.
 constexpr int64_t kBandElements = 98304;
-constexpr int64_t kRows = 2 * kTile;  // that one product works on at a time
-constexpr int64_t kMargin = 2 * kTile;
-
-// From one plane of parts to the next an odd number of cache lines, with room for a product's last columns behind.
-int64_t plane_of(int64_t elements) { return ((elements + kMargin + 15) / 16 | 1) * 16; }
-
-int64_t blocks_of(int64_t rows) { return (rows + kTile - 1) / kTile; }
 
 // How rows of an image are dealt out: in bands that fit the cache, and in groups of channels if there are few bands.
 struct Deal {
@@ -41,63 +31,23 @@ struct Deal {
     bands = (height + rows - 1) / rows;
     if (bands > 1) bands += bands % 2;
     rows = (height + bands - 1) / bands;
-    group = bands >= 8 ? (channels + kRows - 1) / kRows * kRows : kRows;
+    group = bands >= 8 ? (channels + kTileRows - 1) / kTileRows * kTileRows : kTileRows;
     groups = (channels + group - 1) / group;
   }
 };
 
-// The weight as a left operand whose rows, `rows` of them, and depth go over its channels in the given strides.
-struct PackedWeight {
-  Depth depth;
-  int64_t taps, block;  // bytes of 16 rows
-  const char* data;
-
-  PackedWeight(const float* weight, int64_t rows, int64_t row_stride, int64_t channels, int64_t channel_stride,
-               const std::vector<int>& tap_at, char* to)
-      : depth(channels),
-        taps(tap_at.size()),
-        block(bytes_of_16_rows(channels, tap_at.size())),
-        data(to) {
-    std::vector<int> row_at(blocks_of(rows) * kTile), channel_at(channels);
-    for (int64_t r = 0; r < rows; ++r) row_at[r] = r * row_stride;
-    for (int64_t i = 0; i < channels; ++i) channel_at[i] = i * channel_stride;
-    torch::stable::parallel_for(0, blocks_of(rows), 1, [&](int64_t first, int64_t last) {
-      for (int64_t n = first; n < last; ++n)
-        amx::pack_weight(depth, weight, std::min<int64_t>(rows - n * kTile, kTile), row_at.data() + n * kTile,
-                         channel_at.data(), taps, tap_at.data(), to + n * block);
-    });
-  }
-
-  static int64_t bytes_of_16_rows(int64_t channels, int64_t taps) { return Depth(channels).tiles() * taps * kTileBytes; }
-
-  // A sum over the planes that begin at `planes`, of rows from .. to - 1.
-  void multiply(const unsigned* planes, int64_t plane, const std::vector<Step>& steps, int64_t from, int64_t to,
-                int64_t columns, float* c, int64_t c_stride) const {
-    amx::tile_product({data + from / kTile * block, 64, block}, {planes, 4 * plane, 64}, steps.data(), steps.size(),
-                      depth.tile_pairs(), blocks_of(to - from), blocks_of(columns), {c, c_stride, kTile * c_stride, kTile},
-                      false);
-  }
-};
-
-std::vector<Step> steps_of(const Depth& depth, int64_t plane, const std::vector<long long>& tap_at) {
-  std::vector<Step> steps(depth.blocks() * tap_at.size() * depth.products());
-  amx::plan_steps(depth, plane, tap_at.size(), tap_at.data(), steps.data());
-  return steps;
-}
-
 void forward(const TileConvolution& c, const float* x, const float* weight, const float* bias, float* out) {
   const Deal deal(c.out_h(), c.in_channels * c.phases() * c.phase_w(), c.reach_h(), c.out_channels);
   const int64_t width = c.phase_w(), phase = (deal.rows + c.reach_h()) * width;
-  const int64_t stride = tile_plane(c.phases() * phase), plane = plane_of(c.phases() * phase);
-  std::vector<int> weight_at(c.taps());
-  for (int64_t tap = 0; tap < c.taps(); ++tap) weight_at[tap] = tap;
-  char* packed = scratch<char>(0, blocks_of(c.out_channels) * PackedWeight::bytes_of_16_rows(c.in_channels, c.taps()));
-  const PackedWeight left(weight, c.out_channels, c.in_channels * c.taps(), c.in_channels, c.taps(), weight_at, packed);
+  const int64_t stride = tile_plane(c.phases() * phase), plane = split_plane(c.phases() * phase);
+  char* packed = scratch<char>(0, tile_blocks(c.out_channels) * SplitWeight::bytes_of_16_rows(c.in_channels, c.taps()));
+  const SplitWeight left(weight, every(c.in_channels * c.taps(), c.out_channels), every(c.taps(), c.in_channels),
+                         every(1, c.taps()), packed);
   torch::stable::parallel_for(0, deal.bands * deal.groups, 1, [&](int64_t begin, int64_t end) {
     float* source = scratch<float>(1, c.in_channels * stride + tile_plane(c.source_w()));
-    unsigned* planes = scratch<unsigned>(2, left.depth.planes() * plane + kMargin);
-    const int64_t room_stride = plane_of(deal.rows * width);
-    float* room = scratch<float>(3, kRows * room_stride);
+    unsigned* planes = scratch<unsigned>(2, left.depth.planes() * plane + kTileMargin);
+    const int64_t room_stride = split_plane(deal.rows * width);
+    float* room = scratch<float>(3, kTileRows * room_stride);
     std::vector<Step> steps;
     int64_t prepared = -1;
     for (int64_t task = begin; task < end; ++task) {
@@ -114,12 +64,12 @@ void forward(const TileConvolution& c, const float* x, const float* weight, cons
           const int64_t ky = tap / c.kernel_w, kx = tap % c.kernel_w, step = c.stride;
           tap_at[tap] = (ky % step * step + kx % step) * own_phase + ky / step * width + kx / step;
         }
-        steps = steps_of(left.depth, plane, tap_at);
+        steps = split_steps(left.depth, plane, tap_at);
       }
       prepared = band;
-      for (int64_t row = from; row < to; row += kRows) {
-        const int64_t row_end = std::min(row + kRows, to);
-        left.multiply(planes, plane, steps, row, row_end, (last - first) * width, room, room_stride);
+      for (int64_t row = from; row < to; row += kTileRows) {
+        const int64_t row_end = std::min(row + kTileRows, to);
+        left.multiply(planes, plane, steps, row / kTile, row_end - row, (last - first) * width, room, room_stride);
         for (int64_t o = row; o < row_end; ++o)
           for (int64_t y = first; y < last; ++y) {
             const float* sums = room + (o - row) * room_stride + (y - first) * width;
@@ -136,12 +86,12 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
   const Deal deal(c.phase_h(), c.out_channels * c.phase_w(), c.reach_h(), c.in_channels);
   const int64_t width = c.phase_w(), step = c.stride;
   const int64_t elements = (deal.rows + c.reach_h()) * width + c.reach_w();
-  const int64_t stride = tile_plane(elements), plane = plane_of(elements), room_stride = plane_of(deal.rows * width);
+  const int64_t stride = tile_plane(elements), plane = split_plane(elements), room_stride = split_plane(deal.rows * width);
   const int64_t result_stride = tile_plane(c.phases() * c.phase_h() * width);
   // Each phase of the source has taps of its own.
-  std::vector<PackedWeight> left;
+  std::vector<SplitWeight> left;
   std::vector<std::vector<Step>> steps;
-  const int64_t bytes = blocks_of(c.in_channels) * PackedWeight::bytes_of_16_rows(c.out_channels, 1);
+  const int64_t bytes = tile_blocks(c.in_channels) * SplitWeight::bytes_of_16_rows(c.out_channels, 1);
   char* packed = scratch<char>(0, c.taps() * bytes);
   for (int64_t p = 0; p < c.phases(); ++p) {
     std::vector<int> weight_at;
@@ -152,15 +102,16 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
       weight_at.push_back(tap);
       tap_at.push_back(c.reach_w() + (c.reach_h() - ky / step) * width - kx / step);
     }
-    left.emplace_back(weight, c.in_channels, c.taps(), c.out_channels, c.in_channels * c.taps(), weight_at, packed);
+    left.emplace_back(weight, every(c.taps(), c.in_channels), every(c.in_channels * c.taps(), c.out_channels), weight_at,
+                      packed);
     packed += weight_at.size() * bytes;
-    steps.push_back(steps_of(left[p].depth, plane, tap_at));
+    steps.push_back(split_steps(left[p].depth, plane, tap_at));
   }
   float* result = scratch<float>(4, c.in_channels * result_stride);
   torch::stable::parallel_for(0, deal.bands * deal.groups, 1, [&](int64_t begin, int64_t end) {
     float* gradient = scratch<float>(1, c.out_channels * stride);
-    unsigned* planes = scratch<unsigned>(2, left[0].depth.planes() * plane + kMargin);
-    float* room = scratch<float>(3, kRows * room_stride);
+    unsigned* planes = scratch<unsigned>(2, left[0].depth.planes() * plane + kTileMargin);
+    float* room = scratch<float>(3, kTileRows * room_stride);
     int64_t prepared = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t band = task / deal.groups, first = band * deal.rows;
@@ -172,10 +123,10 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
         amx::pack_planes(left[0].depth, gradient, stride, elements, planes, plane);
       }
       prepared = band;
-      for (int64_t row = from; row < to; row += kRows)
+      for (int64_t row = from; row < to; row += kTileRows)
         for (int64_t p = 0; p < c.phases(); ++p) {
-          const int64_t row_end = std::min(row + kRows, to);
-          left[p].multiply(planes, plane, steps[p], row, row_end, count, room, room_stride);
+          const int64_t row_end = std::min(row + kTileRows, to);
+          left[p].multiply(planes, plane, steps[p], row / kTile, row_end - row, count, room, room_stride);
           for (int64_t i = row; i < row_end; ++i)
             std::copy_n(room + (i - row) * room_stride, count,
                         result + i * result_stride + (p * c.phase_h() + first) * width);
@@ -202,9 +153,9 @@ void add_grad_weight(const TileConvolution& whole, const float* grad_out, const 
       kBandElements / ((c.in_channels * c.phases() + c.out_channels) * width) - c.reach_h(), 4, end - begin);
   const int64_t phase = (rows + c.reach_h()) * width, source_stride = tile_plane(c.phases() * phase);
   const int64_t columns = rows * width, gradient_stride = tile_plane(phase + c.reach_w());
-  const int64_t blocks = blocks_of(c.in_channels);
+  const int64_t blocks = tile_blocks(c.in_channels);
   // Columns are summed over: behind the last one, up to a whole tile and the farthest tap, there must be zeros.
-  const int64_t zeros = kMargin + c.reach_h() * width + c.reach_w();
+  const int64_t zeros = kTileMargin + c.reach_h() * width + c.reach_w();
   const int64_t plane = ((c.phases() * phase + zeros + kTile + 31) / 32 | 1) * 32, part = blocks * kTile * plane;
   float* source = scratch<float>(1, c.in_channels * source_stride + tile_plane(c.source_w()));
   float* gradient = scratch<float>(3, c.out_channels * gradient_stride);
@@ -255,7 +206,7 @@ void backward_weight(const TileConvolution& c, const float* grad_out, const floa
   const int64_t pixels = c.out_h() * c.out_w();
   const int64_t most = shape.size() > 131072 ? (pixels < 2048 ? 1 : 4) : pixels < 16384 ? 4 : 8;
   const int64_t bands = std::min<int64_t>(most, c.out_h());
-  const int64_t group = bands > 1 ? c.in_channels : kRows, groups = (c.in_channels + group - 1) / group;
+  const int64_t group = bands > 1 ? c.in_channels : kTileRows, groups = (c.in_channels + group - 1) / group;
   float* parts = scratch<float>(0, bands * shape.size());
   torch::stable::parallel_for(0, bands * groups, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
@@ -265,21 +216,16 @@ void backward_weight(const TileConvolution& c, const float* grad_out, const floa
     }
   });
   const int64_t columns = c.in_channels * c.taps();
-  torch::stable::parallel_for(0, blocks_of(columns), 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, tile_blocks(columns), 1, [&](int64_t first, int64_t last) {
     amx::collect_squares(shape, parts, bands, first * kTile, std::min<int64_t>(last * kTile, columns), grad_weight);
   });
 }
 
 #endif
 
-void check_usable() {
-  STD_TORCH_CHECK(instruction_set() == InstructionSet::amx,
-                  "expected a processor with AMX tiles of bfloat16, got one without, choose another layout");
-}
-
 TileConvolution convolution_of(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t mode,
                                bool pool) {
-  check_usable();
+  check_amx();
   return {x.size(1), weight.size(1), x.size(2), x.size(3), weight.size(3), weight.size(4), pool ? 2 : stride, padding,
           mode,      pool};
 }

@@ -102,8 +102,9 @@ void pack_planes(const Depth& depth, const float* from, long long stride, long l
     const bool alone = 2 * pair + 1 == depth.channels;
     unsigned* own = to + pair * plane;
     for (long long x = 0; x < columns; x += 16) {
+      const __mmask16 there = first_lanes(columns - x);
       const Parts parts =
-          pairs_of(_mm512_loadu_ps(first + x), alone ? _mm512_setzero_ps() : _mm512_loadu_ps(second + x));
+          pairs_of(_mm512_maskz_loadu_ps(there, first + x), _mm512_maskz_loadu_ps(alone ? 0 : there, second + x));
       _mm512_storeu_si512(own + kLow * part + x, parts.low);
       _mm512_storeu_si512(own + kHigh * part + x, parts.high);
       _mm512_storeu_si512(own + kMiddle * part + x, parts.middle);

@@ -51,7 +51,7 @@ struct Depth {
 void pack_weight(const Depth&, const float* weight, long long rows, const int* row_at, const int* channel_at, long long taps, const int* tap_at, void* to);
 
 // The right operand: `columns` elements of every channel, one channel every `stride`; pairs of elements, a plane of them
-// every `plane`. Up to 16 elements behind the last column are read and written.
+// every `plane`. Up to 16 elements behind the last column are written.
 void pack_planes(const Depth&, const float* from, long long stride, long long columns, unsigned* to, long long plane);
 
 // The steps of such a product, depth.blocks() * taps * depth.products() of them; a tap sees the planes tap_at elements
@@ -59,7 +59,7 @@ void pack_planes(const Depth&, const float* from, long long stride, long long co
 void plan_steps(const Depth&, long long plane, long long taps, const long long* tap_at, Step* steps);
 
 // For sums over columns: `rows` rows of `columns` elements as the parts of a left operand, a row of bfloat16 every
-// `plane`, a part every `part` elements. Up to 16 elements behind a row are read, `zeros` behind it written.
+// `plane`, a part every `part` elements, with `zeros` or up to 31 more of them behind each row.
 void pack_rows(const float* from, long long stride, long long rows, long long columns, long long zeros, unsigned short* to, long long plane, long long part);
 
 // And as a right operand: for each part and 16 rows, tiles of 32 columns; rows and columns that are missing are zeros.

@@ -97,6 +97,12 @@ register_sparse_convolution(
     fake=lambda x, weight, bias, stride, padding, mode, pool: _fake(x, weight, bias, stride, padding, mode, 0, pool, 0),
     name="masked_conv2d_split",
 )
+register_sparse_convolution(
+    "int padding, int mode, bool bilinear",
+    reference=_taps_reference,
+    fake=lambda x, weight, *_: x.new_empty(len(x), weight.shape[1], 2 * x.shape[2], 2 * x.shape[3]),
+    name="masked_conv2d_split_taps",
+)
 LIBRARY.impl("masked_conv2d", masked_conv2d_forward, "CPU")
 LIBRARY.impl("masked_conv2d_backward", masked_conv2d_backward, "CPU")
 

@@ -12,7 +12,7 @@ from sparse_gen.ops.convolution import TORCH_MODES
 from sparse_gen.ops.extension import status
 
 UPSAMPLE = convolution.UPSAMPLE[:3]  # bilinear with its corners aligned is left to PyTorch
-LAYOUTS = ("auto", "direct", "taps", "phase", "gemm", "tiles", "split")
+LAYOUTS = ("auto", "direct", "taps", "phase", "gemm", "tiles", "split", "split taps")
 
 aten = torch.ops.aten
 
@@ -21,13 +21,13 @@ def why_not(layout: str, weight_shape, stride: int, padding: int, mode: int, ups
     """What a layout is for, if this is not that; None if it can do it. Shape with E, mode and upsample as places."""
     *_, kernel_h, kernel_w = weight_shape
     same_size = upsample and not pool and stride == 1 and kernel_h == kernel_w == 2 * padding + 1
-    if layout == "taps" and not (same_size and kernel_h <= 11):
+    if layout in ("taps", "split taps") and not (same_size and kernel_h <= 11):
         return "up-sampling and a square odd kernel up to 11 with half its size as padding"
     if layout == "phase" and not (same_size and upsample == 1 and kernel_h == 3):
         return "nearest up-sampling and a 3×3 kernel with padding 1"
     if layout in ("tiles", "split") and (upsample or (pool and stride == 2) or kernel_h * kernel_w > 121):
         return "a kernel of up to 121 weights without up-sampling, a pool with stride 1 only"
-    if layout == "split" and status().instruction_set != "amx":
+    if layout.startswith("split") and status().instruction_set != "amx":
         return "processors with AMX tiles of bfloat16"
     return None
 
@@ -283,11 +283,25 @@ def _split_backward(grad_out, x, weight, stride, padding, mode, upsample, pool, 
     return torch.ops.sparse_gen.masked_conv2d_split_backward(*arguments)
 
 
+def _split_taps_forward(x, weight, bias, stride, padding, mode, upsample, pool):
+    if x.dtype != torch.float32:
+        return _taps_forward(x, weight, bias, stride, padding, mode, upsample, pool)
+    return torch.ops.sparse_gen.masked_conv2d_split_taps(x, weight, bias, padding, mode, upsample == 2)
+
+
+def _split_taps_backward(grad_out, x, weight, stride, padding, mode, upsample, pool, needs_x, needs_weight):
+    arguments = (grad_out, x, weight, padding, mode, upsample == 2, needs_x, needs_weight)
+    if x.dtype != torch.float32:
+        return torch.ops.sparse_gen.masked_conv2d_taps_backward(*arguments)
+    return torch.ops.sparse_gen.masked_conv2d_split_taps_backward(*arguments)
+
+
 _RUN = {
     "direct": _convolution_layout(_direct, _direct_backward),
     "gemm": _convolution_layout(_gemm, _gemm_backward),
     "phase": SimpleNamespace(forward=_phase_forward, backward=_phase_backward),
     "tiles": SimpleNamespace(forward=_tiles_forward, backward=_tiles_backward),
     "split": SimpleNamespace(forward=_split_forward, backward=_split_backward),
+    "split taps": SimpleNamespace(forward=_split_taps_forward, backward=_split_taps_backward),
     "taps": SimpleNamespace(forward=_taps_forward, backward=_taps_backward),
 }
