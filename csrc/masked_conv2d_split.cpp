@@ -39,13 +39,13 @@ struct Deal {
 void forward(const TileConvolution& c, const float* x, const float* weight, const float* bias, float* out) {
   const Deal deal(c.out_h(), c.in_channels * c.phases() * c.phase_w(), c.reach_h(), c.out_channels);
   const int64_t width = c.phase_w(), phase = (deal.rows + c.reach_h()) * width;
-  const int64_t stride = tile_plane(c.phases() * phase), plane = split_plane(c.phases() * phase);
+  const int64_t stride = tile_plane(c.phases() * phase), pixels = split_plane(c.phases() * phase);
   char* packed = scratch<char>(0, tile_blocks(c.out_channels) * SplitWeight::bytes_of_16_rows(c.in_channels, c.taps()));
   const SplitWeight left(weight, every(c.in_channels * c.taps(), c.out_channels), every(c.taps(), c.in_channels),
                          every(1, c.taps()), packed);
   torch::stable::parallel_for(0, deal.bands * deal.groups, 1, [&](int64_t begin, int64_t end) {
     float* source = scratch<float>(1, c.in_channels * stride + tile_plane(c.source_w()));
-    unsigned* planes = scratch<unsigned>(2, left.depth.planes() * plane + kTileMargin);
+    char* packed_pixels = scratch<char>(2, left.depth.pixel_bytes(pixels));
     const int64_t room_stride = split_plane(deal.rows * width);
     float* room = scratch<float>(3, kTileRows * room_stride);
     std::vector<Step> steps;
@@ -58,18 +58,18 @@ void forward(const TileConvolution& c, const float* x, const float* weight, cons
       if (band != prepared) {
         const int64_t own_phase = (last - first + c.reach_h()) * width;
         SPARSE_GEN_DISPATCH(tile_source, c, x, first, last, source, stride, source + c.in_channels * stride);
-        amx::pack_planes(left.depth, source, stride, c.phases() * own_phase, planes, plane);
+        amx::pack_pixels(left.depth, source, stride, c.phases() * own_phase, packed_pixels, pixels);
         std::vector<long long> tap_at(c.taps());
         for (int64_t tap = 0; tap < c.taps(); ++tap) {
           const int64_t ky = tap / c.kernel_w, kx = tap % c.kernel_w, step = c.stride;
           tap_at[tap] = (ky % step * step + kx % step) * own_phase + ky / step * width + kx / step;
         }
-        steps = split_steps(left.depth, plane, tap_at);
+        steps = split_steps(left.depth, pixels, tap_at);
       }
       prepared = band;
       for (int64_t row = from; row < to; row += kTileRows) {
         const int64_t row_end = std::min(row + kTileRows, to);
-        left.multiply(planes, plane, steps, row / kTile, row_end - row, (last - first) * width, room, room_stride);
+        left.multiply(packed_pixels, steps, row / kTile, row_end - row, (last - first) * width, room, room_stride);
         for (int64_t o = row; o < row_end; ++o)
           for (int64_t y = first; y < last; ++y) {
             const float* sums = room + (o - row) * room_stride + (y - first) * width;
@@ -86,7 +86,7 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
   const Deal deal(c.phase_h(), c.out_channels * c.phase_w(), c.reach_h(), c.in_channels);
   const int64_t width = c.phase_w(), step = c.stride;
   const int64_t elements = (deal.rows + c.reach_h()) * width + c.reach_w();
-  const int64_t stride = tile_plane(elements), plane = split_plane(elements), room_stride = split_plane(deal.rows * width);
+  const int64_t stride = tile_plane(elements), pixels = split_plane(elements), room_stride = split_plane(deal.rows * width);
   const int64_t result_stride = tile_plane(c.phases() * c.phase_h() * width);
   // Each phase of the source has taps of its own.
   std::vector<SplitWeight> left;
@@ -105,12 +105,12 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
     left.emplace_back(weight, every(c.taps(), c.in_channels), every(c.in_channels * c.taps(), c.out_channels), weight_at,
                       packed);
     packed += weight_at.size() * bytes;
-    steps.push_back(split_steps(left[p].depth, plane, tap_at));
+    steps.push_back(split_steps(left[p].depth, pixels, tap_at));
   }
   float* result = scratch<float>(4, c.in_channels * result_stride);
   torch::stable::parallel_for(0, deal.bands * deal.groups, 1, [&](int64_t begin, int64_t end) {
     float* gradient = scratch<float>(1, c.out_channels * stride);
-    unsigned* planes = scratch<unsigned>(2, left[0].depth.planes() * plane + kTileMargin);
+    char* packed_pixels = scratch<char>(2, left[0].depth.pixel_bytes(pixels));
     float* room = scratch<float>(3, kTileRows * room_stride);
     int64_t prepared = -1;
     for (int64_t task = begin; task < end; ++task) {
@@ -120,13 +120,13 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
       if (first >= last) continue;
       if (band != prepared) {
         SPARSE_GEN_DISPATCH(tile_gradient, c, grad_out, first, last, gradient, stride);
-        amx::pack_planes(left[0].depth, gradient, stride, elements, planes, plane);
+        amx::pack_pixels(left[0].depth, gradient, stride, elements, packed_pixels, pixels);
       }
       prepared = band;
       for (int64_t row = from; row < to; row += kTileRows)
         for (int64_t p = 0; p < c.phases(); ++p) {
           const int64_t row_end = std::min(row + kTileRows, to);
-          left[p].multiply(planes, plane, steps[p], row / kTile, row_end - row, count, room, room_stride);
+          left[p].multiply(packed_pixels, steps[p], row / kTile, row_end - row, count, room, room_stride);
           for (int64_t i = row; i < row_end; ++i)
             std::copy_n(room + (i - row) * room_stride, count,
                         result + i * result_stride + (p * c.phase_h() + first) * width);
@@ -141,7 +141,7 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
 }
 
 // Columns of 32 that one product sums over: what it reads, for 32 by 32 channels, stays in the first cache over all taps.
-constexpr int64_t kColumnTiles = 4;
+constexpr int64_t kColumnTiles = 8;
 
 // Adds the gradient by the weights of input channels from .. to - 1, from output rows begin .. end - 1, up in `squares`.
 void add_grad_weight(const TileConvolution& whole, const float* grad_out, const float* x, int64_t from, int64_t to,
@@ -152,48 +152,57 @@ void add_grad_weight(const TileConvolution& whole, const float* grad_out, const 
   const int64_t rows = std::clamp<int64_t>(
       kBandElements / ((c.in_channels * c.phases() + c.out_channels) * width) - c.reach_h(), 4, end - begin);
   const int64_t phase = (rows + c.reach_h()) * width, source_stride = tile_plane(c.phases() * phase);
-  const int64_t columns = rows * width, gradient_stride = tile_plane(phase + c.reach_w());
-  const int64_t blocks = tile_blocks(c.in_channels);
+  const int64_t gradient_stride = tile_plane(phase + c.reach_w());
+  const int64_t out_blocks = tile_blocks(c.out_channels), in_blocks = tile_blocks(c.in_channels);
   // Columns are summed over: behind the last one, up to a whole tile and the farthest tap, there must be zeros.
   const int64_t zeros = kTileMargin + c.reach_h() * width + c.reach_w();
-  const int64_t plane = ((c.phases() * phase + zeros + kTile + 31) / 32 | 1) * 32, part = blocks * kTile * plane;
+  const int64_t plane = ((rows * width + 63) / 32 | 1) * 32, part = out_blocks * kTile * plane;
   float* source = scratch<float>(1, c.in_channels * source_stride + tile_plane(c.source_w()));
   float* gradient = scratch<float>(3, c.out_channels * gradient_stride);
-  auto* left = scratch<unsigned short>(2, kParts * part + zeros);
-  char* right = scratch<char>(5, kParts * amx::row_tiles(c.out_channels, columns) * kTileBytes);
+  auto* left = scratch<unsigned short>(2, kParts * part);
+  // Pairs of columns that begin with an even one, and those that begin with an odd one: a shift by one column is then
+  // no shift within a tile's row either.
+  const int64_t most = kParts * amx::row_tiles(c.in_channels, c.phases() * phase + zeros) * kTileBytes;
+  char* right[2] = {scratch<char>(5, 2 * most), nullptr};
+  right[1] = right[0] + most;
   if (step == 2) std::fill_n(source, c.in_channels * source_stride, 0.0f);  // what no phase fills is multiplied by zeros
-  std::vector<Step> steps((columns + 31) / 32 * 6);
+  std::vector<Step> steps((rows * width + 31) / 32 * 6);
   std::vector<int64_t> tap_at(c.taps());
   for (int64_t first = begin; first < end; first += rows) {
     const int64_t last = std::min(first + rows, end), own = (last - first) * width, tiles = (own + 31) / 32;
-    const int64_t own_phase = own + c.reach_h() * width;
+    const int64_t own_phase = own + c.reach_h() * width, there = c.phases() * own_phase;
     SPARSE_GEN_DISPATCH(tile_source, c, x + from * c.height * c.width, first, last, source, source_stride,
                         source + c.in_channels * source_stride);
-    amx::pack_rows(source, source_stride, c.in_channels, c.phases() * own_phase, zeros, left, plane, part);
     SPARSE_GEN_DISPATCH(tile_gradient, c, grad_out, first, last, gradient, gradient_stride);
-    const float* own_gradient = gradient + c.reach_w() + c.reach_h() * width;
-    amx::pack_transposed(own_gradient, gradient_stride, c.out_channels, own, right);
-    amx::plan_column_steps(own, part * sizeof *left, amx::row_tiles(c.out_channels, own) * kTileBytes, steps.data());
+    amx::pack_rows(gradient + c.reach_w() + c.reach_h() * width, gradient_stride, c.out_channels, own, 0, left, plane,
+                   part);
+    for (int64_t odd = 0; odd < (c.kernel_w > 1 || width % 2 ? 2 : 1); ++odd)
+      amx::pack_transposed(source + odd, source_stride, c.in_channels, there - odd, there + zeros, right[odd]);
+    const int64_t right_part = amx::row_tiles(c.in_channels, there + zeros) * kTileBytes;
+    amx::plan_column_steps(own, part * sizeof *left, right_part, steps.data());
     for (int64_t tap = 0; tap < c.taps(); ++tap) {
       const int64_t ky = tap / c.kernel_w, kx = tap % c.kernel_w;
       tap_at[tap] = (ky % step * step + kx % step) * own_phase + ky / step * width + kx / step;
     }
-    const auto product = [&](int64_t block, int64_t tap, int64_t tile, int64_t count, int64_t row_blocks,
-                             int64_t a_block, int64_t c_block) {
-      amx::tile_product({left + block * kTile * plane + tap_at[tap], plane * 2, a_block}, {right, 64, tiles * kTileBytes},
-                        steps.data() + 6 * tile, 6 * count, kTile, row_blocks, shape.row_blocks(),
-                        {squares + shape.at(from / kTile + block, tap), kTile, c_block, 256},
+    const auto right_at = [&](int64_t tap) { return right[tap_at[tap] % 2] + tap_at[tap] / 2 * 64; };
+    const auto product = [&](int64_t tap, int64_t tile, int64_t count, int64_t column_blocks, int64_t b_block,
+                             int64_t c_block) {
+      amx::tile_product({left, plane * 2, kTile * plane * 2}, {right_at(tap), 64, b_block}, steps.data() + 6 * tile,
+                        6 * count, kTile, out_blocks, column_blocks,
+                        {squares + shape.at(0, tap) + from / kTile * 256, kTile, shape.at(1, 0), c_block},
                         first != begin || tile > 0);
     };
     for (int64_t tile = 0; tile < tiles; tile += kColumnTiles) {
       const int64_t count = std::min(kColumnTiles, tiles - tile);
-      for (int64_t block = 0; block + 1 < blocks; block += 2)
+      if (in_blocks > 1) {
         for (int64_t tap = 0; tap < c.taps(); ++tap)
-          product(block, tap, tile, count, 2, kTile * plane * 2, shape.at(1, 0));
+          product(tap, tile, count, in_blocks, right_part / in_blocks, 256);
+        continue;
+      }
       // Sixteen channels by themselves: two taps at a time.
-      for (int64_t tap = 0; blocks % 2 && tap < c.taps(); tap += 2) {
+      for (int64_t tap = 0; tap < c.taps(); tap += 2) {
         const bool two = tap + 1 < c.taps();
-        product(blocks - 1, tap, tile, count, 1 + two, two ? (tap_at[tap + 1] - tap_at[tap]) * 2 : 0, shape.at(0, 1));
+        product(tap, tile, count, 1 + two, two ? right_at(tap + 1) - right_at(tap) : 0, shape.at(0, 1));
       }
     }
   }
@@ -215,9 +224,8 @@ void backward_weight(const TileConvolution& c, const float* grad_out, const floa
                       (band + 1) * c.out_h() / bands, shape, parts + band * shape.size());
     }
   });
-  const int64_t columns = c.in_channels * c.taps();
-  torch::stable::parallel_for(0, tile_blocks(columns), 1, [&](int64_t first, int64_t last) {
-    amx::collect_squares(shape, parts, bands, first * kTile, std::min<int64_t>(last * kTile, columns), grad_weight);
+  torch::stable::parallel_for(0, c.out_channels, 1, [&](int64_t first, int64_t last) {
+    amx::collect_squares(shape, parts, bands, first, last, grad_weight);
   });
 }
 

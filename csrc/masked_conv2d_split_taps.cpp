@@ -41,7 +41,7 @@ void forward_band(const TapConvolution& c, const SplitWeight& left, int64_t grou
   const int64_t begin = std::max<int64_t>(first - halo, 0), end = std::min<int64_t>(last + halo, c.height);
   const int64_t step = rows_at_a_time(c, std::max<int64_t>(c.in_channels, kGroupPlanes), kForwardElements);
   const int64_t stride = split_plane(step * c.width), half_stride = 2 * row_stride(c.width), half_rows = step + 2 * halo;
-  unsigned* source = scratch<unsigned>(1, left.depth.planes() * stride + kTileMargin);
+  char* source = scratch<char>(1, left.depth.pixel_bytes(stride));
   const int64_t blocks = tile_blocks(group * c.taps());
   float* planes = scratch<float>(2, blocks * kTile * stride);
   float* halves = scratch<float>(3, c.out_channels * c.kernel * half_rows * half_stride);
@@ -49,11 +49,11 @@ void forward_band(const TapConvolution& c, const SplitWeight& left, int64_t grou
   int64_t done = first;
   for (int64_t row = begin; row < end; row += step) {
     const int64_t row_end = std::min(row + step, end), columns = (row_end - row) * c.width;
-    amx::pack_planes(left.depth, x + row * c.width, c.height * c.width, columns, source, stride);
+    amx::pack_pixels(left.depth, x + row * c.width, c.height * c.width, columns, source, stride);
     const int64_t ready = std::max(done, row_end == c.height ? last : std::min<int64_t>(last, row_end - halo));
     for (int64_t o = 0; o < c.out_channels; o += group) {
       const int64_t o_end = std::min<int64_t>(o + group, c.out_channels);
-      left.multiply(source, stride, steps, o / group * blocks, (o_end - o) * c.taps(), columns, planes, stride);
+      left.multiply(source, steps, o / group * blocks, (o_end - o) * c.taps(), columns, planes, stride);
       for (int64_t n = o; n < o_end; ++n) {
         const TapRows<float> rows{planes + (n - o) * c.taps() * stride, stride, row, row_end};
         const TapHalves<float> own{halves + n * c.kernel * half_rows * half_stride, half_stride, half_rows};
@@ -95,7 +95,7 @@ void backward(const TapConvolution& c, const float* grad_out, const float* x, co
     float* planes = scratch<float>(1, count * stride);
     // The planes' parts twice: in pairs for the sums over them, in rows for the sums along them.
     const int64_t row_plane = (most + 63) / 32 * 32 + 32, row_part = blocks * kTile * row_plane;
-    unsigned* paired = scratch<unsigned>(2, std::max<int64_t>(left.depth.planes() * stride, kParts * row_part / 2) + kTileMargin);
+    char* paired = scratch<char>(2, std::max<int64_t>(left.depth.pixel_bytes(stride), kParts * row_part * 2));
     auto* rowed = (unsigned short*)paired;
     float* room = scratch<float>(3, std::max<int64_t>(tile_blocks(c.in_channels) * kTile * stride,
                                              2 * row_stride(c.width + 2 * kSpreadMargin)));
@@ -108,14 +108,14 @@ void backward(const TapConvolution& c, const float* grad_out, const float* x, co
         const int64_t columns = (rows.last - row) * c.width, tiles = (columns + 31) / 32;
         SPARSE_GEN_DISPATCH(tap_spread, c, grad_out, 0, c.out_channels, rows, room);
         if (grad_x) {
-          amx::pack_planes(left.depth, planes, stride, columns, paired, stride);
-          left.multiply(paired, stride, steps, 0, c.in_channels, columns, room, stride);
+          amx::pack_pixels(left.depth, planes, stride, columns, paired, stride);
+          left.multiply(paired, steps, 0, c.in_channels, columns, room, stride);
           for (int64_t i = 0; i < c.in_channels; ++i)
             std::copy_n(room + i * stride, columns, grad_x + i * pixels + row * c.width);
         }
         if (!grad_weight) continue;
         amx::pack_rows(planes, stride, count, columns, kTileMargin, rowed, row_plane, row_part);
-        amx::pack_transposed(x + row * c.width, pixels, c.in_channels, columns, right);
+        amx::pack_transposed(x + row * c.width, pixels, c.in_channels, columns, columns, right);
         amx::plan_column_steps(columns, row_part * 2, amx::row_tiles(c.in_channels, columns) * kTileBytes,
                                column_steps.data());
         amx::tile_product({rowed, row_plane * 2, kTile * row_plane * 2}, {right, 64, tiles * kTileBytes},

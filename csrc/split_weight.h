@@ -19,13 +19,13 @@ constexpr int64_t kTile = amx::kTile;
 constexpr int64_t kTileRows = 2 * kTile;  // that one product works on at a time
 constexpr int64_t kTileMargin = 2 * kTile;
 
-// From one plane of parts to the next an odd number of cache lines, with room for a product's last columns behind.
+// Elements of a row of a product, whose last tiles may end behind it: an odd number of cache lines.
 inline int64_t split_plane(int64_t elements) { return ((elements + kTileMargin + 15) / 16 | 1) * 16; }
 
 inline int64_t tile_blocks(int64_t rows) { return (rows + kTile - 1) / kTile; }
 
-// Rows of the left operand, whose element (row, channel, tap) is weight[row_at[row] + channel_at[channel] +
-// tap_at[tap]]. They come in groups that begin with a fresh tile; by default all of them are one.
+// The weight as a right operand: rows of the result, whose element (row, channel, tap) is weight[row_at[row] +
+// channel_at[channel] + tap_at[tap]]. They come in groups that begin with a fresh tile; by default all of them are one.
 class SplitWeight {
  public:
   amx::Depth depth;
@@ -47,15 +47,14 @@ class SplitWeight {
   }
 
   static int64_t bytes_of_16_rows(int64_t channels, int64_t taps) {
-    return amx::Depth(channels).tiles() * taps * amx::kTileBytes;
+    return amx::Depth(channels).weight_tiles() * taps * amx::kTileBytes;
   }
 
-  // c (rows × columns, c_stride apart) = the product of `rows` rows from tile `block` on with the planes.
-  void multiply(const unsigned* planes, int64_t plane, const std::vector<amx::Step>& steps, int64_t block, int64_t rows,
-                int64_t columns, float* c, int64_t c_stride) const {
-    amx::tile_product({data_ + block * block_, 64, block_}, {planes, 4 * plane, 64}, steps.data(), steps.size(),
-                      depth.tile_pairs(), tile_blocks(rows), tile_blocks(columns), {c, c_stride, kTile * c_stride, kTile},
-                      false);
+  // c (rows × columns, c_stride apart) = the product of `rows` rows from tile `block` on with the pixels.
+  void multiply(const char* pixels, const std::vector<amx::Step>& steps, int64_t block, int64_t rows, int64_t columns,
+                float* c, int64_t c_stride) const {
+    amx::multiply_pixels({pixels, 64, kTile * 64}, {data_ + block * block_, 64, block_}, steps.data(), steps.size(),
+                         depth.tile_pairs(), tile_blocks(columns), tile_blocks(rows), c, c_stride);
   }
 
  private:
@@ -63,9 +62,9 @@ class SplitWeight {
   const char* data_;
 };
 
-inline std::vector<amx::Step> split_steps(const amx::Depth& depth, int64_t plane, const std::vector<long long>& tap_at) {
+inline std::vector<amx::Step> split_steps(const amx::Depth& depth, int64_t pixels, const std::vector<long long>& tap_at) {
   std::vector<amx::Step> steps(depth.blocks() * tap_at.size() * depth.products());
-  amx::plan_steps(depth, plane, tap_at.size(), tap_at.data(), steps.data());
+  amx::plan_steps(depth, pixels, tap_at.size(), tap_at.data(), steps.data());
   return steps;
 }
 

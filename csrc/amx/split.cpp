@@ -41,99 +41,102 @@ inline Parts neighbours_of(__m512 first, __m512 second) {
           _mm512_permutex2var_epi16(a.low, upper, b.low)};
 }
 
-// Places of the parts among the planes: with low first, low and high as well as high and middle are neighbours.
-constexpr long long kLow = 0, kHigh = 1, kMiddle = 2;
-
 inline __mmask16 first_lanes(long long count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
 }  // namespace
 
-void pack_weight(const Depth& depth, const float* weight, long long rows, const int* row_at, const int* channel_at,
-                 long long taps, const int* tap_at, void* to) {
-  const long long pairs = depth.pairs();
+void pack_pixels(const Depth& depth, const float* from, long long stride, long long columns, void* to,
+                 long long pixels) {
+  const long long parts = depth.pixel_parts();
+  alignas(64) float squares[kParts][16 * 16] = {}, turned[16 * 16];
   for (long long block = 0; block < depth.blocks(); ++block) {
-    const long long first = depth.first_pair(block);
-    alignas(64) int even_at[16], odd_at[16];
-    __mmask16 even_there = 0, odd_there = 0;
-    for (long long lane = 0; lane < 16; ++lane) {
-      const long long channel = 2 * (first + lane);
-      const bool fresh = first + lane >= block * kTile;
-      const bool even = fresh && channel < depth.channels, odd = fresh && channel + 1 < depth.channels;
-      even_at[lane] = even ? channel_at[channel] : 0;
-      odd_at[lane] = odd ? channel_at[channel + 1] : 0;
-      even_there |= (__mmask16)even << lane;
-      odd_there |= (__mmask16)odd << lane;
-    }
-    const __m512i even = _mm512_load_si512(even_at), odd = _mm512_load_si512(odd_at);
-    char* tiles = (char*)to + block * taps * kParts * kTileBytes;
-    for (long long row = 0; row < 16; ++row)
-      for (long long tap = 0; tap < taps; ++tap) {
-        char* at = tiles + tap * kParts * kTileBytes + row * 64;
-        Parts parts{};
-        if (row < rows) {
-          const float* own = weight + row_at[row] + tap_at[tap];
-          parts = pairs_of(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), even_there, even, own, 4),
-                           _mm512_mask_i32gather_ps(_mm512_setzero_ps(), odd_there, odd, own, 4));
-        }
+    char* own = (char*)to + block * parts * pixels * 64;
+    const long long first = block * kTile, count = depth.pairs() - first < kTile ? depth.pairs() - first : kTile;
+    for (long long x = 0; x < columns; x += 16) {
+      const __mmask16 there = first_lanes(columns - x);
+      for (long long pair = 0; pair < kTile; ++pair) {
+        const float* row = from + 2 * (first + pair) * stride + x;
+        const bool both = 2 * (first + pair) + 1 < depth.channels;
+        const Parts p = pair < count ? pairs_of(_mm512_maskz_loadu_ps(there, row),
+                                                _mm512_maskz_loadu_ps(both ? there : 0, row + (both ? stride : 0)))
+                                     : Parts{};
         if (!depth.narrow()) {
-          _mm512_store_si512(at, parts.high);
-          _mm512_store_si512(at + kTileBytes, parts.middle);
-          _mm512_store_si512(at + 2 * kTileBytes, parts.low);
+          _mm512_store_si512(squares[0] + pair * 16, p.high);
+          _mm512_store_si512(squares[1] + pair * 16, p.middle);
+          _mm512_store_si512(squares[2] + pair * 16, p.low);
+        } else if (pair < count) {
+          _mm512_store_si512(squares[0] + pair * 16, p.low);
+          _mm512_store_si512(squares[0] + (count + pair) * 16, p.high);
+          _mm512_store_si512(squares[1] + pair * 16, p.high);
+          _mm512_store_si512(squares[1] + (count + pair) * 16, p.middle);
+        }
+      }
+      for (long long part = 0; part < parts; ++part) {
+        transpose(squares[part], 16, 16, 16, turned, 16);
+        __builtin_memcpy(own + (part * pixels + x) * 64, turned, sizeof turned);
+      }
+    }
+  }
+}
+
+void pack_weight(const Depth& depth, const float* weight, long long columns, const int* column_at,
+                 const int* channel_at, long long taps, const int* tap_at, void* to) {
+  alignas(64) int places[16] = {};
+  for (long long n = 0; n < columns; ++n) places[n] = column_at[n];
+  const __m512i at = _mm512_load_si512(places);
+  const __mmask16 there = first_lanes(columns);
+  const long long pairs = depth.pairs();
+  for (long long block = 0; block < depth.blocks(); ++block)
+    for (long long row = 0; row < kTile; ++row) {
+      const long long pair = block * kTile + row;
+      const bool first = pair < pairs, second = 2 * pair + 1 < depth.channels;
+      if (depth.narrow() && !first) break;
+      for (long long tap = 0; tap < taps; ++tap) {
+        char* tile = (char*)to + (block * taps + tap) * kParts * kTileBytes + row * 64;
+        const auto gathered = [&](bool inside, long long channel) {
+          return inside ? _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, at,
+                                                   weight + channel_at[channel] + tap_at[tap], 4)
+                        : _mm512_setzero_ps();
+        };
+        const Parts parts = pairs_of(gathered(first, 2 * pair), gathered(second, 2 * pair + 1));
+        if (!depth.narrow()) {
+          _mm512_store_si512(tile, parts.high);
+          _mm512_store_si512(tile + kTileBytes, parts.middle);
+          _mm512_store_si512(tile + 2 * kTileBytes, parts.low);
           continue;
         }
-        // Rows of two parts: high and low for the planes low and high; high twice and middle twice for high and middle.
-        const __mmask16 half = first_lanes(pairs);
-        const auto both = [&](long long tile, __m512i left, __m512i right) {
-          _mm512_mask_storeu_epi32(at + tile * kTileBytes, half, left);
-          _mm512_mask_storeu_epi32(at + tile * kTileBytes + 4 * pairs, half, right);
+        // Against pixels as low and high: high and low; as high and middle: high twice, then middle twice.
+        const auto both = [&](long long n, __m512i above, __m512i below) {
+          _mm512_store_si512(tile + n * kTileBytes, above);
+          _mm512_store_si512(tile + n * kTileBytes + pairs * 64, below);
         };
         both(0, parts.high, parts.low);
         both(1, parts.high, parts.high);
         both(2, parts.middle, parts.middle);
       }
-  }
-}
-
-void pack_planes(const Depth& depth, const float* from, long long stride, long long columns, unsigned* to,
-                 long long plane) {
-  const long long part = depth.pairs() * plane;
-  for (long long pair = 0; pair < depth.pairs(); ++pair) {
-    const float *first = from + 2 * pair * stride, *second = first + stride;
-    const bool alone = 2 * pair + 1 == depth.channels;
-    unsigned* own = to + pair * plane;
-    for (long long x = 0; x < columns; x += 16) {
-      const __mmask16 there = first_lanes(columns - x);
-      const Parts parts =
-          pairs_of(_mm512_maskz_loadu_ps(there, first + x), _mm512_maskz_loadu_ps(alone ? 0 : there, second + x));
-      _mm512_storeu_si512(own + kLow * part + x, parts.low);
-      _mm512_storeu_si512(own + kHigh * part + x, parts.high);
-      _mm512_storeu_si512(own + kMiddle * part + x, parts.middle);
     }
-  }
 }
 
-void plan_steps(const Depth& depth, long long plane, long long taps, const long long* tap_at, Step* steps) {
-  const long long part = depth.pairs() * plane;
+void plan_steps(const Depth& depth, long long pixels, long long taps, const long long* tap_at, Step* steps) {
+  constexpr long long high = 0, middle = 1, low = 2;
   for (long long block = 0; block < depth.blocks(); ++block)
     for (long long tap = 0; tap < taps; ++tap) {
-      const long long a = (block * taps + tap) * kParts * kTileBytes;
-      const long long b = depth.first_pair(block) * plane + tap_at[tap];
       const auto step = [&](long long left, long long right, bool load_a, bool load_b) {
-        *steps++ = {a + left * kTileBytes, 4 * (b + right * part), load_a, load_b};
+        *steps++ = {((block * depth.pixel_parts() + left) * pixels + tap_at[tap]) * 64,
+                    ((block * taps + tap) * kParts + right) * kTileBytes, load_a, load_b};
       };
       if (depth.narrow()) {
-        step(0, kLow, true, true);
-        step(1, kHigh, true, true);
-        step(2, kHigh, true, false);
+        step(0, 0, true, true);
+        step(1, 1, true, true);
+        step(1, 2, false, true);
         continue;
       }
-      constexpr long long high = 0, middle = 1, low = 2;  // of the left operand
-      step(high, kLow, true, true);
-      step(high, kHigh, false, true);
-      step(low, kHigh, true, false);
-      step(middle, kHigh, true, false);
-      step(middle, kMiddle, false, true);
-      step(high, kMiddle, true, false);
+      step(low, high, true, true);
+      step(high, high, true, false);
+      step(high, low, false, true);
+      step(high, middle, false, true);
+      step(middle, middle, true, false);
+      step(middle, high, false, true);
     }
 }
 
@@ -153,18 +156,18 @@ void pack_rows(const float* from, long long stride, long long rows, long long co
   }
 }
 
-void pack_transposed(const float* from, long long stride, long long rows, long long columns, void* to) {
+void pack_transposed(const float* from, long long stride, long long rows, long long there, long long columns,
+                     void* to) {
   const long long part = row_tiles(rows, columns) * kTileBytes, across = (columns + 31) / 32;
   alignas(64) float square[3][16 * 16], turned[16 * 16];
   for (long long block = 0; block * 16 < rows; ++block)
     for (long long x = 0; x < columns; x += 32) {
       for (long long row = 0; row < 16; ++row) {
-        const bool there = block * 16 + row < rows;
+        const bool inside = block * 16 + row < rows;
         const float* own = from + (block * 16 + row) * stride + x;
-        const Parts parts =
-            there ? neighbours_of(_mm512_maskz_loadu_ps(first_lanes(columns - x), own),
-                                  _mm512_maskz_loadu_ps(first_lanes(columns - x - 16), own + 16))
-                  : Parts{};
+        const Parts parts = inside ? neighbours_of(_mm512_maskz_loadu_ps(first_lanes(there - x), own),
+                                                   _mm512_maskz_loadu_ps(first_lanes(there - x - 16), own + 16))
+                                   : Parts{};
         _mm512_store_si512(square[0] + row * 16, parts.high);
         _mm512_store_si512(square[1] + row * 16, parts.middle);
         _mm512_store_si512(square[2] + row * 16, parts.low);
@@ -181,7 +184,6 @@ void plan_column_steps(long long columns, long long a_part, long long b_part, St
     const auto step = [&](long long left, long long right, bool load_a, bool load_b) {
       *steps++ = {left * a_part + block * 64, right * b_part + block * kTileBytes, load_a, load_b};
     };
-    // Rows begin anywhere in a cache line, so that theirs are the dearer loads: three of them, four of the others.
     step(2, 0, true, true);
     step(0, 0, true, false);
     step(0, 2, false, true);
@@ -268,24 +270,45 @@ void tile_product(const Operand& a, const Operand& b, const Step* steps, long lo
   _tile_release();
 }
 
-void collect_squares(const WeightSquares& s, const float* squares, long long count, long long begin, long long end,
+void multiply_pixels(const Operand& pixels, const Operand& weight, const Step* steps, long long count,
+                     long long tile_pairs, long long pixel_blocks, long long column_blocks, float* c,
+                     long long c_stride) {
+  choose_sizes(tile_pairs);
+  alignas(64) float squares[4 * 256];
+  const Sums sums{squares, 16, 512, 256};
+  for (long long column = 0; column < column_blocks; column += 2)
+    for (long long pixel = 0; pixel < pixel_blocks; pixel += 2) {
+      const Operand left{(const char*)pixels.data + pixel * pixels.block, pixels.stride, pixels.block};
+      const Operand right{(const char*)weight.data + column * weight.block, weight.stride, weight.block};
+      const bool rows = pixel + 1 < pixel_blocks, columns = column + 1 < column_blocks;
+      const auto kernel = rows ? (columns ? two_by_two : two_by_one) : columns ? one_by_two : one_by_one;
+      kernel(left, right, steps, count, sums, false);
+      for (long long n = 0; n < 1 + rows; ++n)
+        for (long long m = 0; m < 1 + columns; ++m)
+          transpose(squares + (2 * n + m) * 256, 16, 16, 16, c + (column + m) * 16 * c_stride + (pixel + n) * 16,
+                    c_stride);
+    }
+  _tile_release();
+}
+
+void collect_squares(const WeightSquares& s, const float* squares, long long count, long long first, long long last,
                      float* to) {
   alignas(64) float square[16 * 16], turned[16 * 16];
-  for (long long first = begin; first < end; first += 16)
-    for (long long block = 0; block < s.row_blocks(); ++block) {
-      for (long long i = 0; i < 16; ++i) {
-        __m512 sum = _mm512_setzero_ps();
-        const long long channel = (first + i) / s.taps, tap = (first + i) % s.taps;
-        const float* own = squares + s.at(channel / 16, tap) + block * 256 + channel % 16 * 16;
-        if (first + i < end)
-          for (long long n = 0; n < count; ++n) sum = _mm512_add_ps(sum, _mm512_loadu_ps(own + n * s.size()));
-        _mm512_store_ps(square + i * 16, sum);
+  for (long long o = first; o < last; ++o)
+    for (long long block = 0; block < s.in_blocks(); ++block)
+      for (long long tap = 0; tap < s.taps; tap += 16) {
+        for (long long i = 0; i < 16; ++i) {
+          __m512 sum = _mm512_setzero_ps();
+          const float* own = squares + s.at(o / 16, tap + i) + block * 256 + o % 16 * 16;
+          if (tap + i < s.taps)
+            for (long long n = 0; n < count; ++n) sum = _mm512_add_ps(sum, _mm512_loadu_ps(own + n * s.size()));
+          _mm512_store_ps(square + i * 16, sum);
+        }
+        transpose(square, 16, 16, 16, turned, 16);
+        for (long long i = 0; i < 16 && block * 16 + i < s.in; ++i)
+          _mm512_mask_storeu_ps(to + (o * s.in + block * 16 + i) * s.taps + tap, first_lanes(s.taps - tap),
+                                _mm512_load_ps(turned + i * 16));
       }
-      transpose(square, 16, 16, 16, turned, 16);
-      for (long long i = 0; i < 16 && block * 16 + i < s.rows; ++i)
-        _mm512_mask_storeu_ps(to + (block * 16 + i) * s.channels * s.taps + first, first_lanes(end - first),
-                              _mm512_load_ps(turned + i * 16));
-    }
 }
 
 }  // namespace sparse_gen::amx

@@ -26,7 +26,7 @@ struct Operand {
   long long stride, block;  // bytes to a tile's next row, and to the tiles of the next 16 rows or columns of the sum
 };
 
-// Depth that lies in planes: `channels` of them, two by two in pairs, the parts of all pairs one after the other.
+// Depth that lies in `channels`: two by two, sixteen pairs to a block.
 struct Depth {
   long long channels;
 
@@ -35,36 +35,37 @@ struct Depth {
   // Few channels: two parts of all of them go through one tile, and three products instead of six do.
   bool narrow() const { return pairs() <= kTile / 2; }
   long long tile_pairs() const { return narrow() ? 2 * pairs() : pairs() < kTile ? pairs() : kTile; }
-  long long blocks() const { return narrow() ? 1 : (pairs() + kTile - 1) / kTile; }
-  // The last block ends at the last pair and repeats pairs of the one before, with zeros as their weights.
-  long long first_pair(long long block) const {
-    const long long last = pairs() - kTile;
-    return narrow() || last < 0 ? 0 : block * kTile < last ? block * kTile : last;
-  }
+  long long blocks() const { return (pairs() + kTile - 1) / kTile; }
   long long products() const { return narrow() ? 3 : 6; }
-  long long tiles() const { return blocks() * kParts; }  // of the left operand, for 16 rows and one tap
-  long long planes() const { return kParts * pairs(); }
+  // Tiles that hold the parts of one block: of a pixel's (low and high, high and middle if narrow), of a weight's.
+  long long pixel_parts() const { return narrow() ? 2 : kParts; }
+  long long weight_tiles() const { return blocks() * kParts; }
+  // Bytes of the pixels of a left operand.
+  long long pixel_bytes(long long pixels) const { return blocks() * pixel_parts() * pixels * 64; }
 };
 
-// The left operand, 16 rows at a time: for each block of the depth and tap its parts. Element (row, channel, tap) is
-// weight[row_at[row] + channel_at[channel] + tap_at[tap]]; `rows` from 1 to 16, the others are zeros.
-void pack_weight(const Depth&, const float* weight, long long rows, const int* row_at, const int* channel_at, long long taps, const int* tap_at, void* to);
+// The left operand, a row for every pixel: `columns` elements of every channel, one channel every `stride`, for each
+// block and part. `pixels` lie from one part to the next, a multiple of 16 and not less than `columns`. A tap sees a row
+// as many rows on as it sees pixels on: no shift moves a tile off its cache lines, which would halve its speed.
+void pack_pixels(const Depth&, const float* from, long long stride, long long columns, void* to, long long pixels);
 
-// The right operand: `columns` elements of every channel, one channel every `stride`; pairs of elements, a plane of them
-// every `plane`. Up to 16 elements behind the last column are written.
-void pack_planes(const Depth&, const float* from, long long stride, long long columns, unsigned* to, long long plane);
+// The right operand, 16 columns at a time: for each block of the depth and tap its parts. Element (channel, column, tap)
+// is weight[column_at[column] + channel_at[channel] + tap_at[tap]]; `columns` from 1 to 16, the others are zeros.
+void pack_weight(const Depth&, const float* weight, long long columns, const int* column_at, const int* channel_at, long long taps, const int* tap_at, void* to);
 
-// The steps of such a product, depth.blocks() * taps * depth.products() of them; a tap sees the planes tap_at elements
-// on.
-void plan_steps(const Depth&, long long plane, long long taps, const long long* tap_at, Step* steps);
+// The steps of such a product, depth.blocks() * taps * depth.products() of them; a tap sees the pixels tap_at on.
+void plan_steps(const Depth&, long long pixels, long long taps, const long long* tap_at, Step* steps);
+
+// c (columns × pixels, a column every c_stride) = the product of 16 pixel_blocks × 16 column_blocks, turned.
+void multiply_pixels(const Operand& pixels, const Operand& weight, const Step* steps, long long count, long long tile_pairs, long long pixel_blocks, long long column_blocks, float* c, long long c_stride);
 
 // For sums over columns: `rows` rows of `columns` elements as the parts of a left operand, a row of bfloat16 every
 // `plane`, a part every `part` elements, with `zeros` or up to 31 more of them behind each row.
 void pack_rows(const float* from, long long stride, long long rows, long long columns, long long zeros, unsigned short* to, long long plane, long long part);
 
-// And as a right operand: for each part and 16 rows, tiles of 32 columns; rows and columns that are missing are zeros.
-// A part takes row_tiles(rows, columns) * kTileBytes.
-void pack_transposed(const float* from, long long stride, long long rows, long long columns, void* to);
+// And as a right operand, a row for every two columns: for each part and 16 rows, 32 columns a tile. Rows that are
+// missing are zeros, as are columns behind `there`. A part takes row_tiles(rows, columns) * kTileBytes.
+void pack_transposed(const float* from, long long stride, long long rows, long long there, long long columns, void* to);
 constexpr long long row_tiles(long long rows, long long columns) { return (rows + 15) / 16 * ((columns + 31) / 32); }
 
 // The six steps of every 32 columns; count = 6 * ((columns + 31) / 32).
@@ -79,17 +80,17 @@ struct Sums {
 // c (16 row_blocks × 16 column_blocks) = or += the sum over the steps; tile_pairs along the depth.
 void tile_product(const Operand& a, const Operand& b, const Step* steps, long long count, long long tile_pairs, long long row_blocks, long long column_blocks, const Sums& c, bool add);
 
-// The gradient of a weight (rows × in × taps) as squares of 16 channels of its input by 16 of its rows, for each 16
-// channels, tap and 16 rows one; rows and channels that are missing are there.
+// The gradient of a weight (out × in × taps) as squares of 16 by 16 channels: for each 16 of the output, tap and 16 of
+// the input one; channels that are missing are there.
 struct WeightSquares {
-  long long rows, channels, taps;
+  long long out, in, taps;
 
-  long long row_blocks() const { return (rows + 15) / 16; }
-  long long at(long long channel_block, long long tap) const { return (channel_block * taps + tap) * row_blocks() * 256; }
-  long long size() const { return at((channels + 15) / 16, 0); }
+  long long in_blocks() const { return (in + 15) / 16; }
+  long long at(long long out_block, long long tap) const { return (out_block * taps + tap) * in_blocks() * 256; }
+  long long size() const { return at((out + 15) / 16, 0); }
 };
 
-// Columns begin .. end - 1 of `to` (rows × (in · taps)) = the sum of `count` such gradients, one every size().
-void collect_squares(const WeightSquares&, const float* squares, long long count, long long begin, long long end, float* to);
+// The output channels first .. last - 1 of `to` = the sum of `count` such gradients, one every size().
+void collect_squares(const WeightSquares&, const float* squares, long long count, long long first, long long last, float* to);
 
 }  // namespace sparse_gen::amx
