@@ -150,7 +150,7 @@ void add_grad_weight(const TileConvolution& whole, const float* grad_out, const 
   c.in_channels = to - from;
   const int64_t width = c.phase_w(), step = c.stride;
   const int64_t rows = std::clamp<int64_t>(
-      kBandElements / ((c.in_channels * c.phases() + c.out_channels) * width) - c.reach_h(), 4, end - begin);
+      2 * kBandElements / ((c.in_channels * c.phases() + c.out_channels) * width) - c.reach_h(), 4, end - begin);
   const int64_t phase = (rows + c.reach_h()) * width, source_stride = tile_plane(c.phases() * phase);
   const int64_t gradient_stride = tile_plane(phase + c.reach_w());
   const int64_t out_blocks = tile_blocks(c.out_channels), in_blocks = tile_blocks(c.in_channels);
@@ -185,24 +185,28 @@ void add_grad_weight(const TileConvolution& whole, const float* grad_out, const 
       tap_at[tap] = (ky % step * step + kx % step) * own_phase + ky / step * width + kx / step;
     }
     const auto right_at = [&](int64_t tap) { return right[tap_at[tap] % 2] + tap_at[tap] / 2 * 64; };
-    const auto product = [&](int64_t tap, int64_t tile, int64_t count, int64_t column_blocks, int64_t b_block,
-                             int64_t c_block) {
-      amx::tile_product({left, plane * 2, kTile * plane * 2}, {right_at(tap), 64, b_block}, steps.data() + 6 * tile,
-                        6 * count, kTile, out_blocks, column_blocks,
-                        {squares + shape.at(0, tap) + from / kTile * 256, kTile, shape.at(1, 0), c_block},
+    const auto product = [&](int64_t out_block, int64_t in_block, int64_t tap, int64_t tile, int64_t count,
+                             int64_t column_blocks, int64_t b_block, int64_t c_block) {
+      amx::tile_product({left + out_block * kTile * plane, plane * 2, kTile * plane * 2},
+                        {right_at(tap) + in_block * right_part / in_blocks, 64, b_block}, steps.data() + 6 * tile,
+                        6 * count, std::min<int64_t>(out_blocks - out_block, 2), column_blocks,
+                        {squares + shape.at(out_block, tap) + (from / kTile + in_block) * 256, kTile, shape.at(1, 0), c_block},
                         first != begin || tile > 0);
     };
-    for (int64_t tile = 0; tile < tiles; tile += kColumnTiles) {
-      const int64_t count = std::min(kColumnTiles, tiles - tile);
-      if (in_blocks > 1) {
-        for (int64_t tap = 0; tap < c.taps(); ++tap)
-          product(tap, tile, count, in_blocks, right_part / in_blocks, 256);
-        continue;
-      }
-      // Sixteen channels by themselves: two taps at a time.
-      for (int64_t tap = 0; tap < c.taps(); tap += 2) {
-        const bool two = tap + 1 < c.taps();
-        product(tap, tile, count, 1 + two, two ? right_at(tap + 1) - right_at(tap) : 0, shape.at(0, 1));
+    const amx::Tiles configured(kTile);
+    const int64_t at_once = (tiles + kColumnTiles - 1) / kColumnTiles, column_tiles = (tiles + at_once - 1) / at_once;
+    for (int64_t tile = 0; tile < tiles; tile += column_tiles) {
+      const int64_t count = std::min(column_tiles, tiles - tile);
+      for (int64_t out_block = 0; out_block < out_blocks; out_block += 2) {
+        // Sixteen input channels by themselves: two taps at a time.
+        for (int64_t tap = 0; in_blocks == 1 && tap < c.taps(); tap += 2) {
+          const bool two = tap + 1 < c.taps();
+          product(out_block, 0, tap, tile, count, 1 + two, two ? right_at(tap + 1) - right_at(tap) : 0, shape.at(0, 1));
+        }
+        for (int64_t in_block = 0; in_blocks > 1 && in_block < in_blocks; in_block += 2)
+          for (int64_t tap = 0; tap < c.taps(); ++tap)
+            product(out_block, in_block, tap, tile, count, std::min<int64_t>(in_blocks - in_block, 2),
+                    right_part / in_blocks, 256);
       }
     }
   }

@@ -118,8 +118,9 @@ void backward(const TapConvolution& c, const float* grad_out, const float* x, co
         amx::pack_transposed(x + row * c.width, pixels, c.in_channels, columns, columns, right);
         amx::plan_column_steps(columns, row_part * 2, amx::row_tiles(c.in_channels, columns) * kTileBytes,
                                column_steps.data());
+        const amx::Tiles configured(kTile);
         amx::tile_product({rowed, row_plane * 2, kTile * row_plane * 2}, {right, 64, tiles * kTileBytes},
-                          column_steps.data(), 6 * tiles, kTile, blocks, tile_blocks(c.in_channels),
+                          column_steps.data(), 6 * tiles, blocks, tile_blocks(c.in_channels),
                           {parts + band * part, weight_stride, kTile * weight_stride, kTile}, row != begin);
       }
     }

@@ -222,7 +222,9 @@ struct alignas(64) TileSizes {
 };
 
 // Tiles 0 to 3 are sums; 4 and 5 hold the left or right factors of which there are more, 6 and 7 the others.
-void choose_sizes(long long tile_pairs) {
+}  // namespace
+
+Tiles::Tiles(long long tile_pairs) {
   TileSizes sizes;
   for (int tile = 0; tile < 8; ++tile) {
     const bool left = tile >= 6, right = tile >= 4 && tile < 6;
@@ -232,6 +234,10 @@ void choose_sizes(long long tile_pairs) {
   asm volatile("" ::: "memory");  // GCC 12 takes the intrinsic to read no more than eight bytes
   _tile_loadconfig(&sizes);
 }
+
+Tiles::~Tiles() { _tile_release(); }
+
+namespace {
 
 // The names of tiles must be written out: no templates.
 #define SPARSE_GEN_KERNEL(name, BEGIN, LOAD_A, LOAD_B, PRODUCTS, END)                                            \
@@ -275,9 +281,8 @@ SPARSE_GEN_KERNEL(one_by_one, FIRST(0, 0, 0), A(6, 0), B(4, 0), P(0, 6, 4), LAST
 
 }  // namespace
 
-void tile_product(const Operand& a, const Operand& b, const Step* steps, long long count, long long tile_pairs,
-                  long long row_blocks, long long column_blocks, const Sums& c, bool add) {
-  choose_sizes(tile_pairs);
+void tile_product(const Operand& a, const Operand& b, const Step* steps, long long count, long long row_blocks,
+                  long long column_blocks, const Sums& c, bool add) {
   for (long long row = 0; row < row_blocks; row += 2)
     for (long long column = 0; column < column_blocks; column += 2) {
       const Operand left{(const char*)a.data + row * a.block, a.stride, a.block};
@@ -287,13 +292,12 @@ void tile_product(const Operand& a, const Operand& b, const Step* steps, long lo
       const auto kernel = rows ? (columns ? two_by_two : two_by_one) : columns ? one_by_two : one_by_one;
       kernel(left, right, steps, count, sums, add);
     }
-  _tile_release();
 }
 
 void multiply_pixels(const Operand& pixels, const Operand& weight, const Step* steps, long long count,
                      long long tile_pairs, long long pixel_blocks, long long column_blocks, float* c,
                      long long c_stride) {
-  choose_sizes(tile_pairs);
+  const Tiles tiles(tile_pairs);
   alignas(64) float squares[4 * 256];
   const Sums sums{squares, 16, 512, 256};
   for (long long column = 0; column < column_blocks; column += 2)
@@ -307,7 +311,6 @@ void multiply_pixels(const Operand& pixels, const Operand& weight, const Step* s
         for (long long m = 0; m < 1 + columns; ++m)
           turn(squares + (2 * n + m) * 256, c + (column + m) * 16 * c_stride + (pixel + n) * 16, c_stride);
     }
-  _tile_release();
 }
 
 void collect_squares(const WeightSquares& s, const float* squares, long long count, long long first, long long last,

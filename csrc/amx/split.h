@@ -77,8 +77,15 @@ struct Sums {
   long long stride, row_block, column_block;
 };
 
-// c (16 row_blocks × 16 column_blocks) = or += the sum over the steps; tile_pairs along the depth.
-void tile_product(const Operand& a, const Operand& b, const Step* steps, long long count, long long tile_pairs, long long row_blocks, long long column_blocks, const Sums& c, bool add);
+// A thread's tiles, of tile_pairs along the depth, for as long as this lives: what tile_product needs.
+class Tiles {
+ public:
+  explicit Tiles(long long tile_pairs);
+  ~Tiles();
+};
+
+// c (16 row_blocks × 16 column_blocks) = or += the sum over the steps.
+void tile_product(const Operand& a, const Operand& b, const Step* steps, long long count, long long row_blocks, long long column_blocks, const Sums& c, bool add);
 
 // The gradient of a weight (out × in × taps) as squares of 16 by 16 channels: for each 16 of the output, tap and 16 of
 // the input one; channels that are missing are there.
