@@ -140,75 +140,97 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
   });
 }
 
-// Columns of 32 that one product sums over: what it reads, for 32 by 32 channels, stays in the first cache over all taps.
-constexpr int64_t kColumnTiles = 8;
+// Some output rows of the gradient, all its channels, as a left operand; and some input channels of what they saw as a
+// right one, against which it gives their part of the weight's gradient.
+class WeightGradient {
+ public:
+  WeightGradient(const TileConvolution& c, int64_t rows)
+      : c_(c),
+        shape_{c.out_channels, c.in_channels, c.taps()},
+        width_(c.phase_w()),
+        // Columns are summed over: behind the last one, up to a whole tile and the farthest tap, there must be zeros.
+        zeros_(kTileMargin + c.reach_h() * width_ + c.reach_w()),
+        plane_(((rows * width_ + 63) / 32 | 1) * 32),
+        part_(tile_blocks(c.out_channels) * kTile * plane_),
+        steps_((rows * width_ + 31) / 32 * 6),
+        tap_at_(c.taps()) {
+    const int64_t phase = (rows + c.reach_h()) * width_;
+    source_stride_ = tile_plane(c.phases() * phase);
+    gradient_stride_ = tile_plane(phase + c.reach_w());
+    source_ = scratch<float>(1, kTileRows * source_stride_ + tile_plane(c.source_w()));
+    gradient_ = scratch<float>(3, c.out_channels * gradient_stride_);
+    left_ = scratch<unsigned short>(2, kParts * part_);
+    // Pairs of columns that begin with an even one, and those that begin with an odd one: a shift by one column is then
+    // no shift within a tile's row either.
+    const int64_t most = kParts * amx::row_tiles(kTileRows, c.phases() * phase + zeros_) * kTileBytes;
+    right_[0] = scratch<char>(5, 2 * most);
+    right_[1] = right_[0] + most;
+    // What no phase fills is multiplied by zeros.
+    if (c.stride == 2) std::fill_n(source_, kTileRows * source_stride_, 0.0f);
+  }
 
-// Adds the gradient by the weights of input channels from .. to - 1, from output rows begin .. end - 1, up in `squares`.
-void add_grad_weight(const TileConvolution& whole, const float* grad_out, const float* x, int64_t from, int64_t to,
-                     int64_t begin, int64_t end, const WeightSquares& shape, float* squares) {
-  TileConvolution c = whole;
-  c.in_channels = to - from;
-  const int64_t width = c.phase_w(), step = c.stride;
-  const int64_t rows = std::clamp<int64_t>(
-      2 * kBandElements / ((c.in_channels * c.phases() + c.out_channels) * width) - c.reach_h(), 4, end - begin);
-  const int64_t phase = (rows + c.reach_h()) * width, source_stride = tile_plane(c.phases() * phase);
-  const int64_t gradient_stride = tile_plane(phase + c.reach_w());
-  const int64_t out_blocks = tile_blocks(c.out_channels), in_blocks = tile_blocks(c.in_channels);
-  // Columns are summed over: behind the last one, up to a whole tile and the farthest tap, there must be zeros.
-  const int64_t zeros = kTileMargin + c.reach_h() * width + c.reach_w();
-  const int64_t plane = ((rows * width + 63) / 32 | 1) * 32, part = out_blocks * kTile * plane;
-  float* source = scratch<float>(1, c.in_channels * source_stride + tile_plane(c.source_w()));
-  float* gradient = scratch<float>(3, c.out_channels * gradient_stride);
-  auto* left = scratch<unsigned short>(2, kParts * part);
-  // Pairs of columns that begin with an even one, and those that begin with an odd one: a shift by one column is then
-  // no shift within a tile's row either.
-  const int64_t most = kParts * amx::row_tiles(c.in_channels, c.phases() * phase + zeros) * kTileBytes;
-  char* right[2] = {scratch<char>(5, 2 * most), nullptr};
-  right[1] = right[0] + most;
-  if (step == 2) std::fill_n(source, c.in_channels * source_stride, 0.0f);  // what no phase fills is multiplied by zeros
-  std::vector<Step> steps((rows * width + 31) / 32 * 6);
-  std::vector<int64_t> tap_at(c.taps());
-  for (int64_t first = begin; first < end; first += rows) {
-    const int64_t last = std::min(first + rows, end), own = (last - first) * width, tiles = (own + 31) / 32;
-    const int64_t own_phase = own + c.reach_h() * width, there = c.phases() * own_phase;
-    SPARSE_GEN_DISPATCH(tile_source, c, x + from * c.height * c.width, first, last, source, source_stride,
-                        source + c.in_channels * source_stride);
-    SPARSE_GEN_DISPATCH(tile_gradient, c, grad_out, first, last, gradient, gradient_stride);
-    amx::pack_rows(gradient + c.reach_w() + c.reach_h() * width, gradient_stride, c.out_channels, own, 0, left, plane,
-                   part);
-    for (int64_t odd = 0; odd < (c.kernel_w > 1 || width % 2 ? 2 : 1); ++odd)
-      amx::pack_transposed(source + odd, source_stride, c.in_channels, there - odd, there + zeros, right[odd]);
-    const int64_t right_part = amx::row_tiles(c.in_channels, there + zeros) * kTileBytes;
-    amx::plan_column_steps(own, part * sizeof *left, right_part, steps.data());
-    for (int64_t tap = 0; tap < c.taps(); ++tap) {
-      const int64_t ky = tap / c.kernel_w, kx = tap % c.kernel_w;
-      tap_at[tap] = (ky % step * step + kx % step) * own_phase + ky / step * width + kx / step;
+  void take_rows(const float* grad_out, int64_t first, int64_t last) {
+    first_ = first, last_ = last;
+    columns_ = (last - first) * width_;
+    there_ = c_.phases() * (columns_ + c_.reach_h() * width_);
+    SPARSE_GEN_DISPATCH(tile_gradient, c_, grad_out, first, last, gradient_, gradient_stride_);
+    amx::pack_rows(gradient_ + c_.reach_w() + c_.reach_h() * width_, gradient_stride_, c_.out_channels, columns_, 0,
+                   left_, plane_, part_);
+    for (int64_t tap = 0; tap < c_.taps(); ++tap) {
+      const int64_t ky = tap / c_.kernel_w, kx = tap % c_.kernel_w, step = c_.stride;
+      tap_at_[tap] = (ky % step * step + kx % step) * there_ / c_.phases() + ky / step * width_ + kx / step;
     }
-    const auto right_at = [&](int64_t tap) { return right[tap_at[tap] % 2] + tap_at[tap] / 2 * 64; };
-    const auto product = [&](int64_t out_block, int64_t in_block, int64_t tap, int64_t tile, int64_t count,
-                             int64_t column_blocks, int64_t b_block, int64_t c_block) {
-      amx::tile_product({left + out_block * kTile * plane, plane * 2, kTile * plane * 2},
-                        {right_at(tap) + in_block * right_part / in_blocks, 64, b_block}, steps.data() + 6 * tile,
-                        6 * count, std::min<int64_t>(out_blocks - out_block, 2), column_blocks,
-                        {squares + shape.at(out_block, tap) + (from / kTile + in_block) * 256, kTile, shape.at(1, 0), c_block},
-                        first != begin || tile > 0);
-    };
+  }
+
+  // For input channels from .. to - 1, at most kTileRows, from a multiple of kTile on.
+  void add_to(float* squares, const float* x, int64_t from, int64_t to, bool add) {
+    TileConvolution own = c_;
+    own.in_channels = to - from;
+    SPARSE_GEN_DISPATCH(tile_source, own, x + from * c_.height * c_.width, first_, last_, source_, source_stride_,
+                        source_ + kTileRows * source_stride_);
+    for (int64_t odd = 0; odd < (c_.kernel_w > 1 || width_ % 2 ? 2 : 1); ++odd)
+      amx::pack_transposed(source_ + odd, source_stride_, to - from, there_ - odd, there_ + zeros_, right_[odd]);
+    const int64_t blocks = tile_blocks(to - from);
+    const int64_t right_part = amx::row_tiles(to - from, there_ + zeros_) * kTileBytes;
+    amx::plan_column_steps(columns_, part_ * sizeof *left_, right_part, steps_.data());
     const amx::Tiles configured(kTile);
-    const int64_t at_once = (tiles + kColumnTiles - 1) / kColumnTiles, column_tiles = (tiles + at_once - 1) / at_once;
-    for (int64_t tile = 0; tile < tiles; tile += column_tiles) {
-      const int64_t count = std::min(column_tiles, tiles - tile);
-      for (int64_t out_block = 0; out_block < out_blocks; out_block += 2) {
-        // Sixteen input channels by themselves: two taps at a time.
-        for (int64_t tap = 0; in_blocks == 1 && tap < c.taps(); tap += 2) {
-          const bool two = tap + 1 < c.taps();
-          product(out_block, 0, tap, tile, count, 1 + two, two ? right_at(tap + 1) - right_at(tap) : 0, shape.at(0, 1));
-        }
-        for (int64_t in_block = 0; in_blocks > 1 && in_block < in_blocks; in_block += 2)
-          for (int64_t tap = 0; tap < c.taps(); ++tap)
-            product(out_block, in_block, tap, tile, count, std::min<int64_t>(in_blocks - in_block, 2),
-                    right_part / in_blocks, 256);
+    for (int64_t out = 0; out < tile_blocks(c_.out_channels); out += 2)
+      // Sixteen input channels by themselves: two taps at a time.
+      for (int64_t tap = 0; tap < c_.taps(); tap += blocks > 1 ? 1 : 2) {
+        const bool pair = blocks == 1 && tap + 1 < c_.taps();
+        const int64_t to_next = blocks > 1 ? right_part / blocks : pair ? right_at(tap + 1) - right_at(tap) : 0;
+        amx::tile_product({left_ + out * kTile * plane_, plane_ * 2, kTile * plane_ * 2}, {right_at(tap), 64, to_next},
+                          steps_.data(), 6 * ((columns_ + 31) / 32),
+                          std::min<int64_t>(tile_blocks(c_.out_channels) - out, 2), blocks + pair,
+                          {squares + shape_.at(out, tap) + from / kTile * 256, kTile, shape_.at(1, 0),
+                           blocks > 1 ? 256 : shape_.at(0, 1)},
+                          add);
       }
-    }
+  }
+
+ private:
+  const char* right_at(int64_t tap) const { return right_[tap_at_[tap] % 2] + tap_at_[tap] / 2 * 64; }
+
+  const TileConvolution& c_;
+  amx::WeightSquares shape_;
+  int64_t width_, zeros_, plane_, part_, source_stride_, gradient_stride_, first_, last_, columns_, there_;
+  std::vector<Step> steps_;
+  std::vector<int64_t> tap_at_;
+  float *source_, *gradient_;
+  unsigned short* left_;
+  char* right_[2];
+};
+
+// The gradient by the weights of input channels from .. to - 1, from output rows begin .. end - 1.
+void grad_weight_of(const TileConvolution& c, const float* grad_out, const float* x, int64_t from, int64_t to,
+                    int64_t begin, int64_t end, float* squares) {
+  const int64_t elements_a_row = (2 * kTileRows * c.phases() + c.out_channels) * c.phase_w();
+  const int64_t rows = std::clamp<int64_t>(kBandElements / elements_a_row - c.reach_h(), 4, end - begin);
+  WeightGradient gradient(c, rows);
+  for (int64_t first = begin; first < end; first += rows) {
+    gradient.take_rows(grad_out, first, std::min(first + rows, end));
+    for (int64_t i = from; i < to; i += kTileRows)
+      gradient.add_to(squares, x, i, std::min(i + kTileRows, to), first != begin);
   }
 }
 
@@ -224,8 +246,8 @@ void backward_weight(const TileConvolution& c, const float* grad_out, const floa
   torch::stable::parallel_for(0, bands * groups, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t band = task / groups, from = task % groups * group;
-      add_grad_weight(c, grad_out, x, from, std::min<int64_t>(from + group, c.in_channels), band * c.out_h() / bands,
-                      (band + 1) * c.out_h() / bands, shape, parts + band * shape.size());
+      grad_weight_of(c, grad_out, x, from, std::min<int64_t>(from + group, c.in_channels), band * c.out_h() / bands,
+                     (band + 1) * c.out_h() / bands, parts + band * shape.size());
     }
   });
   torch::stable::parallel_for(0, c.out_channels, 1, [&](int64_t first, int64_t last) {
