@@ -25,7 +25,7 @@ def cache_of_the_tests(tmp_path_factory):
         yield
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "amx"])
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
 def instruction_set(request, monkeypatch):
     """Runs a test once for every instruction set that this machine has and the library was built for."""
     from sparse_gen.ops.extension import status

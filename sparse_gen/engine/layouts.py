@@ -16,7 +16,10 @@ from sparse_gen.ops.masked_conv2d_layouts import UPSAMPLE, fastest_layout, why_n
 # These hold kept weights alone; the others the whole weight, with zeros.
 KEPT_ALONE = ("sparse", "taps", "upsampled sparse", "blocks")
 # Layouts with the whole weight, and what `masked_conv2d` calls them.
-DENSE = {"dense": "direct", "dense tiles": "tiles", "dense taps": "taps", "dense gemm": "gemm", "dense split": "split", "dense split taps": "split taps"}
+DENSE = {
+    "dense": "direct", "dense tiles": "tiles", "dense taps": "taps", "dense gemm": "gemm", "dense split": "split",
+    "dense split taps": "split taps",
+}  # fmt: skip
 # Above this a layer's dense convolution is the faster one.
 DENSEST = 0.5
 
