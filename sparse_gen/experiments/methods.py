@@ -50,6 +50,9 @@ class Watched:
         self.rule.update(step, image)
         return False
 
+    def advance(self, step: torch.Tensor, image: torch.Tensor) -> None:
+        self.rule.advance(step, image)
+
     @property
     def image(self) -> torch.Tensor:
         return self.rule.image

@@ -38,8 +38,12 @@ class _PlainAdam:
     def __init__(self, tensors: list[nn.Parameter], lr: float):
         self._tensors = tensors
         self._adam = torch.optim.Adam(tensors, lr=lr, fused=True)
+        self._on_cuda = tensors[0].is_cuda
 
     def step(self) -> None:
+        if self._on_cuda:
+            # Its state is on the device either way, but torch asks for the flag in a capture and warns of it outside.
+            self._adam.param_groups[0]["capturable"] = torch.cuda.is_current_stream_capturing()
         self._adam.step()
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -62,9 +66,10 @@ class Optimiser:
         self._module, self._noise, self._seeds = module, langevin * lr, seeds
         compiled = isinstance(module, CompiledGenerator)
         self._adam = _KeptAdam(module.values, lr) if compiled else _PlainAdam(list(module.parameters()), lr)
+        self._kernel_entries = module.kernel_entries() if compiled and langevin else None
 
-    def step(self, loss: torch.Tensor, step: int) -> None:
-        """Take one step down the gradient of a scalar loss."""
+    def step(self, loss: torch.Tensor, step: torch.Tensor) -> None:
+        """Take one step down the gradient of a scalar loss; its number is () int64 on the device."""
         self._module.zero_grad(set_to_none=True)
         loss.backward()
         self._adam.step()
@@ -72,11 +77,11 @@ class Optimiser:
             self._add_noise(step)
 
     @torch.no_grad()
-    def _add_noise(self, step: int) -> None:
-        if isinstance(self._module, CompiledGenerator):
+    def _add_noise(self, step: torch.Tensor) -> None:
+        if self._kernel_entries is not None:
             values = self._module.values
             numbers = normal(self._seeds, step, Stream.LANGEVIN, values.shape[1]).to(values.dtype)
-            values += self._noise * numbers * self._module.kernel_entries()
+            values += self._noise * numbers * self._kernel_entries
             return
         kernels = [parameter for parameter in self._module.parameters() if parameter.ndim == 4]
         numbers = normal(self._seeds, step, Stream.LANGEVIN, sum(k.numel() for k in kernels))[0]
