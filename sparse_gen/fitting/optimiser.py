@@ -10,6 +10,15 @@ from sparse_gen.ops.masked_adam import masked_adam_
 from sparse_gen.ops.philox import Stream, normal
 
 
+def step_fused(adam: torch.optim.Adam) -> None:
+    """A step of a fused Adam, in a capture or outside of one."""
+    group = adam.param_groups[0]
+    if group["params"][0].is_cuda:
+        # Its state is on the device either way, but torch asks for the flag in a capture and warns of it outside.
+        group["capturable"] = torch.cuda.is_current_stream_capturing()
+    adam.step()
+
+
 class _KeptAdam:
     """Adam on the kept values of all experiments at once."""
 
@@ -38,13 +47,9 @@ class _PlainAdam:
     def __init__(self, tensors: list[nn.Parameter], lr: float):
         self._tensors = tensors
         self._adam = torch.optim.Adam(tensors, lr=lr, fused=True)
-        self._on_cuda = tensors[0].is_cuda
 
     def step(self) -> None:
-        if self._on_cuda:
-            # Its state is on the device either way, but torch asks for the flag in a capture and warns of it outside.
-            self._adam.param_groups[0]["capturable"] = torch.cuda.is_current_stream_capturing()
-        self._adam.step()
+        step_fused(self._adam)
 
     def state(self) -> dict[str, torch.Tensor]:
         return {
