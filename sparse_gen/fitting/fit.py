@@ -163,7 +163,8 @@ def fit(
         return stored
 
     def store(done: int, last: bool) -> None:
-        if checkpoints is not None and checkpoints.due(last=last) and body.first_bad < 0:
+        # A look at the device would stall it, so it comes last.
+        if checkpoints is not None and (capture is None or checkpoints.due(last=last)) and body.first_bad < 0:
             checkpoints.store("fit", settings, done, state, history, last=last)
 
     def end(values: Values) -> None:

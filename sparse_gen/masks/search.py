@@ -270,7 +270,8 @@ def search_mask(
             rows.push({"": body.first_bad, **row}, _reporter(step, steps, lr, progress))
         over = stop is not None and stop.update(step, logits.values, count, logits.sizes)
         last = over or last
-        if checkpoints is not None and checkpoints.due(last=last) and body.first_bad < 0:
+        # A look at the device would stall it, so it comes last.
+        if checkpoints is not None and (capture is None or checkpoints.due(last=last)) and body.first_bad < 0:
             checkpoints.store("search", identity, step + 1, state, history, last=last)
         if over:
             break
