@@ -276,8 +276,8 @@ def _tiles_backward(grad_out, x, weight, stride, padding, mode, _upsample, pool,
     )
 
 
-# On AMX tiles, which multiply bfloat16: a float32 is cut into three of them, and the error is that of float32 sums. What
-# is not finite gives NaN, and products below 1e-30 may be lost. Numbers of other types run as without tiles.
+# On AMX tiles, which multiply bfloat16: a float32 is cut into three of them, and the error is that of float32 sums.
+# What is not finite gives NaN, and products below 1e-30 may be lost. Numbers of other types run as without tiles.
 def _split_forward(x, weight, bias, stride, padding, mode, upsample, pool):
     if x.dtype != torch.float32:
         return _tiles_forward(x, weight, bias, stride, padding, mode, upsample, pool)
