@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -195,8 +196,14 @@ def _gemm_backward(grad_out, x, weight, stride, padding, needs_x, needs_weight):
 _SUMS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
 
 
+# Kept: while a CUDA graph is captured nothing may be copied from the host.
+@cache
+def _sums(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return _SUMS.to(device, dtype)
+
+
 def _phase_weight(weight):
-    sums = _SUMS.to(weight)
+    sums = _sums(weight.dtype, weight.device)
     summed = torch.einsum("eoiyx,ary,bcx->eaboirc", weight, sums, sums)
     return summed.reshape(len(weight), -1, weight.shape[2], 2, 2)
 
@@ -235,7 +242,7 @@ def _phase_backward(grad_out, x, weight, _stride, _padding, mode, _upsample, _po
     if needs_x:
         grad_x = _pad_backward(torch.cat(grads_x), x, 1, 0 if mode == 0 else 2).contiguous()
     if needs_weight:
-        sums = _SUMS.to(weight)
+        sums = _sums(weight.dtype, weight.device)
         parts = torch.stack(grads_weight).view(experiments, 2, 2, out_channels, in_channels, 2, 2)
         grad_weight = torch.einsum("eaboirc,ary,bcx->eoiyx", parts, sums, sums).contiguous()
     return grad_x, grad_weight

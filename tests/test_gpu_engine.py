@@ -1,0 +1,143 @@
+"""The engine on a GPU, without one: whole networks on the way that they take there, against dense masked PyTorch."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from equality import off_the_kink, scattered_mask
+from pretended_gpu import PretendedGpu, compile_there, numbers, to_gpu
+
+import sparse_gen as sg
+from sparse_gen.engine.layouts import candidates
+
+SIZE = (13, 10)  # no multiple of 4
+
+
+def hourglass(**arguments):
+    return sg.generators.Hourglass(in_channels=4, channels=(4, 6), seed=0, **arguments)
+
+
+NETWORKS = {
+    "hourglass": hourglass,
+    "bilinear hourglass with skips": lambda: hourglass(upsample="bilinear", skip_channels=2),
+    "skip": lambda: sg.generators.Skip(4, channels=(4, 6), skip_channels=2),
+    "zero-padded skip": lambda: sg.generators.Skip(4, channels=(4, 6), padding="zero", upsample="nearest"),
+    "deep decoder": lambda: sg.generators.DeepDecoder(4, channels=(5, 6)),
+    "nearest deep decoder": lambda: sg.generators.DeepDecoder(4, channels=(5, 6), upsample="nearest", kernel=3),
+}
+LAYOUTS = ["rule", "sparse", "dense fused", "dense phases", "upsampled sparse"]
+
+
+@pytest.fixture
+def gpu(poisoned):
+    with PretendedGpu() as pretended:
+        yield pretended
+
+
+def preferring(fast, layout):
+    """A network's plan with one layout wherever it can run."""
+    convolutions = fast._sparse_run.program(0).convolutions.values()
+    able = [s.name for s, own in convolutions if own in candidates(s) and layout in candidates(s)]
+    assert able or layout in ("dense phases", "upsampled sparse")
+    return fast.plan.replace(dict.fromkeys(able, layout))
+
+
+def masked_gradients(net, mask, z, experiment, dtype, weights):
+    """Output, gradient of z and of the kept values of dense masked PyTorch."""
+    net, keep = deepcopy(net).to(dtype), mask.dense(net)
+    chosen = {name: k[experiment if len(k) > 1 else 0] for name, k in keep.items()}
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.mul_(chosen[name])
+    z = z.to(dtype).clone().requires_grad_()
+    output = net(z)
+    loss = (output.square() + weights.to(dtype) * output).sum()
+    grad_z, *grads = torch.autograd.grad(loss, [z, *net.parameters()], materialize_grads=True)
+    kept = [g[chosen[name]] for (name, _), g in zip(net.named_parameters(), grads, strict=True)]
+    return [tensor.detach().double() for tensor in (output, grad_z, torch.cat(kept))]
+
+
+def gradients_there(fast, z, weights):
+    leaf = to_gpu(z).requires_grad_()
+    fast.values.grad = None
+    output = fast(leaf)
+    (output.square() + weights * output).sum().backward()
+    return [numbers(tensor).double() for tensor in (output, leaf.grad, fast.values.grad)]
+
+
+def assert_equals(monkeypatch, net, mask, z, layout, tolerance):
+    fast = compile_there(monkeypatch, net, mask, z)
+    assert fast.runs_on_the_engine
+    if layout != "rule":
+        fast = compile_there(monkeypatch, net, mask, z, plan=preferring(fast, layout))
+    weights = torch.rand(len(z), 3, *SIZE, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
+    output, grad_z, grad_values = gradients_there(fast, z, to_gpu(weights))
+    for e in range(len(z)):
+        one = slice(e, e + 1)
+        want = masked_gradients(net, mask, z[one], e, torch.float64, weights[one])
+        plain = masked_gradients(net, mask, z[one], e, z.dtype, weights[one])
+        # As large as all gradients together: some are 0 in exact arithmetic, and noise on both sides.
+        whole = torch.cat([want[1].flatten(), want[2]]).norm()
+        floors = [want[0].norm(), whole, whole]
+        for got, w, p, floor in zip((output[one], grad_z[one], grad_values[e]), want, plain, floors, strict=True):
+            assert (got - w).norm() <= max(2 * (p - w).norm(), tolerance * floor)
+    return fast
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_in_double(gpu, monkeypatch, name, layout):
+    net = off_the_kink(NETWORKS[name]())
+    z = sg.noise_input(4, SIZE, seed=0).double()
+    assert_equals(monkeypatch, net, scattered_mask(net, 0.6), z, layout, 1e-12)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("layout", ["rule", "sparse", "dense fused"])
+@pytest.mark.parametrize("name", ["hourglass", "bilinear hourglass with skips", "skip", "deep decoder"])
+def test_networks_in_the_interpreter(gpu, monkeypatch, name, layout):
+    pytest.importorskip("triton", reason="triton is not installed")
+    net = off_the_kink(NETWORKS[name]()).float()
+    z = sg.noise_input(4, SIZE, seed=0)
+    # DESIGN's bound for a network: twice plain PyTorch's own error, or 1e-6 of all gradients together.
+    assert_equals(monkeypatch, net, scattered_mask(net, 0.6), z, layout, 1e-6)
+    assert ("masked_conv2d_backward" in gpu.calls) == (layout == "dense fused")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("masks", [None, 2])
+def test_two_experiments(gpu, monkeypatch, masks):
+    net = off_the_kink(hourglass()).float()
+    z = sg.noise_input(4, SIZE, seed=[0, 1])
+    assert_equals(monkeypatch, net, scattered_mask(net, 0.6, experiments=masks), z, "dense fused", 1e-6)
+
+
+@pytest.mark.interpreter
+def test_masks_of_blocks(gpu, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    net = off_the_kink(sg.generators.Hourglass(in_channels=8, channels=(8, 16), seed=0)).float()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, parameter in net.named_parameters():
+        if parameter.ndim == 4 and parameter.shape[0] % 8 == 0:
+            blocks = torch.rand(len(parameter) // 8, *parameter.shape[1:], generator=generator) < 0.5
+            tensors[name] = blocks.repeat_interleave(8, 0)
+    mask = sg.Mask(tensors, whole={n: tuple(p.shape) for n, p in net.named_parameters() if n not in tensors})
+    z = sg.noise_input(8, SIZE, seed=0)
+    assert_equals(monkeypatch, net, mask, z, "blocks", 1e-6)
+    assert "block_sparse_conv2d_backward" in gpu.calls
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_can_be_captured(gpu, monkeypatch, name, layout):
+    """Once it has run: nothing is then copied from the host, and nothing waits for the GPU."""
+    net = NETWORKS[name]().double()
+    z = sg.noise_input(4, SIZE, seed=0).double()
+    fast = compile_there(monkeypatch, net, scattered_mask(net, 0.6), z)
+    if layout != "rule":
+        fast = compile_there(monkeypatch, net, scattered_mask(net, 0.6), z, plan=preferring(fast, layout))
+    z = to_gpu(z)
+    fast(z).square().sum().backward()
+    with gpu.capture():
+        fast(z).square().sum().backward()
