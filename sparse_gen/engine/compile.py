@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_gen.engine.checks import check_input
+from sparse_gen.engine.count import Count, count_step
 from sparse_gen.engine.functional import run_experiments, training_copy
 from sparse_gen.engine.graph import Graph
 from sparse_gen.engine.layout import ParameterLayout
@@ -86,6 +87,16 @@ class CompiledGenerator(nn.Module):
         if not self._sparse_run.takes(z):
             raise ValueError(f"expected z of the size it was compiled for, got {tuple(z.shape)}")
         return profile(self.plan, self._sparse_run.programs[0], self.values.detach()[0], z[:1], rounds)
+
+    def count(self) -> Count:
+        """The kernels that a step of one experiment starts on a GPU, forward and backward, and the bytes they move.
+
+        Raises:
+            ValueError: it runs as plain PyTorch.
+        """
+        if self._sparse_run is None:
+            raise ValueError(f"expected a network that runs in stages to count, got one of which {self.plan.reason}")
+        return count_step(self._sparse_run.programs[0], self.values[0], self._example_input[:1])
 
     def _dense(self) -> dict[str, torch.Tensor]:
         zeros = self.values.new_zeros(self.experiments, self._layout.numel)

@@ -148,9 +148,13 @@ def _convolution_layout(convolve, convolve_backward) -> SimpleNamespace:
         if needs_x:
             grad = grads_x[0] if len(x) == 1 else torch.cat(grads_x)
             grad_x = _unprepare(grad, large, x, stride, padding, mode, upsample, pool).contiguous()
-        return grad_x, torch.stack(grads_weight) if needs_weight else empty
+        return grad_x, _stacked(grads_weight) if needs_weight else empty
 
     return SimpleNamespace(forward=forward, backward=backward)
+
+
+def _stacked(rows):
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def _direct(x, weight, bias, stride, padding):
