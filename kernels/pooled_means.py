@@ -4,20 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sparse_gen.kernels.gather import Geometry, _inside
+from sparse_gen.kernels.gather import Geometry, load_image
 from sparse_gen.kernels.masked_conv2d_gradients import fold
-from sparse_gen.kernels.norm_act import _leaky
-
-
-@triton.jit
-def _loaded(p_image, m_pixel, o_y, o_x, height, width, factor, shift, slope, factor2, shift2, MODE: tl.constexpr):
-    """Values of the padded image as a reader sees it."""
-    o_y, m_y = _inside(o_y, height, MODE)
-    o_x, m_x = _inside(o_x, width, MODE)
-    m_load = m_pixel & m_y & m_x
-    b_z = tl.load(p_image + o_y * width + o_x, mask=m_load, other=0.0) * factor + shift
-    # Padding with zeros comes behind the load.
-    return tl.where(m_load, _leaky(b_z, b_z, slope) * factor2 + shift2, 0.0)
 
 
 @triton.jit
@@ -39,18 +27,11 @@ def _means_kernel(
     m_pixel = o_pixel < out_h * out_w
     o_y = o_pixel // out_w - PADDING
     o_x = o_pixel % out_w - PADDING
-    factor, shift, slope, factor2, shift2 = 1.0, 0.0, 1.0, 1.0, 0.0
-    if LOAD:
-        p_row = p_load + 5 * i_plane
-        factor, shift, slope = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
-        factor2, shift2 = tl.load(p_row + 3), tl.load(p_row + 4)
-    p_image = p_x + i_plane * height * width
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(4):
-        b_sum += _loaded(
-            p_image, m_pixel, o_y + i // 2, o_x + i % 2, height, width, factor, shift, slope, factor2, shift2, MODE
-        )
-    tl.store(p_out + i_plane * out_h * out_w + o_pixel, 0.25 * b_sum, mask=m_pixel)
+    b_mean = load_image(
+        p_x + i_plane * height * width, m_pixel, o_y, o_x, p_load + 5 * i_plane, i_plane >= 0, height, width,
+        MODE, 0, True, LOAD,
+    )  # fmt: skip
+    tl.store(p_out + i_plane * out_h * out_w + o_pixel, b_mean, mask=m_pixel)
 
 
 def pooled_means(x, load, padding, mode):

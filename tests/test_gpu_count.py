@@ -55,8 +55,9 @@ def hourglass():
     return net, published_like(net)
 
 
-# DESIGN expects 80 to 90 kernels and 400 to 500 MB. What is there starts twice as many: moments are not yet left by the
-# convolutions, loads are applied in passes of their own, and 35 launches add up split sums.
+# DESIGN expects 80 to 90 kernels and 400 to 500 MB. With our convolution there are twice as many (with the published
+# Baboon mask 61 + 108, 652 MB): 35 add up split sums, 17 carry an image's gradient back through padding and resampling,
+# 24 take moments that a convolution could have left. The tap fold, whose kernel is not there yet, would save 150 MB.
 @pytest.mark.parametrize(
     ("layouts", "kernels", "megabytes"),
     [

@@ -106,7 +106,7 @@ def test_networks_in_the_interpreter(gpu, monkeypatch, name, layout):
     z = sg.noise_input(4, SIZE, seed=0 if layout == "dense fused" else [0, 1, 2])
     # The bound for a network: twice plain PyTorch's own error, or 1e-6 of all gradients together.
     assert_equals(monkeypatch, net, scattered_mask(net, 0.6), z, layout, 1e-6)
-    assert ("masked_conv2d_backward" in gpu.calls) == (layout == "dense fused")
+    assert ("masked_conv2d_loaded_backward" in gpu.calls) == (layout == "dense fused")
 
 
 @pytest.mark.interpreter

@@ -90,7 +90,7 @@ def test_times_are_remembered_by_gpu_and_shape(gpu, timed, monkeypatch):
 
 
 def test_references_are_not_measured(gpu, monkeypatch):
-    monkeypatch.setattr(layouts, "has_gpu_kernel", lambda operator: operator == "masked_conv2d")
+    monkeypatch.setattr(layouts, "has_gpu_kernel", lambda operator: operator == "masked_conv2d_loaded")
     assert measure.contenders(stage(), torch.float32) == ["dense", "dense fused"]
     assert measure.contenders(stage("nearest"), torch.float32) == ["dense", "dense phases", "dense fused"]
     # Kernels compute in float32; in double everything but PyTorch's convolution is a reference.

@@ -15,16 +15,18 @@ class FusedConvStep(Step):
 
     def __init__(self, conv: Conv):
         mode, scale = PADDING_MODES.index(conv.padding_mode), UPSAMPLE.index(conv.upsample)
-        self._arguments = (conv.stride, conv.padding, mode, scale, conv.pool, 0)
+        self._arguments = (conv.stride, conv.padding, mode, scale, conv.pool)
 
     def forward(self, inputs, parameters, trains):
+        given = inputs[0] if isinstance(inputs[0], Loaded) else Loaded(inputs[0].contiguous(), None)
         weight, *bias = (parameter[None] for parameter in parameters)
-        x = ops.apply_load(*inputs[0]) if isinstance(inputs[0], Loaded) else inputs[0].contiguous()
-        return ops.masked_conv2d(x, weight, bias[0] if bias else None, *self._arguments), x
+        y = ops.masked_conv2d_loaded(given.x, weight, bias[0] if bias else None, *self._arguments, given.load)
+        return y, given
 
     def backward(self, gradient, kept, parameters, needs):
         weight, *bias = (parameter[None] for parameter in parameters)
         gradient = gradient.contiguous()
-        grad_x, grad_weight = ops.masked_conv2d_backward(gradient, kept, weight, *self._arguments, needs[0], True)
+        arguments = (gradient, kept.x, weight, *self._arguments, kept.load, needs[0], True)
+        grad_x, grad_weight = ops.masked_conv2d_loaded_backward(*arguments)
         grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
         return [grad_x if needs[0] else None], [grad_weight[0], *grad_bias]

@@ -28,7 +28,7 @@ _OPERATORS = {
     "taps": "sparse_upsample_conv2d",
     "upsampled sparse": "sparse_conv2d",
     "blocks": "block_sparse_conv2d",
-    "dense fused": "masked_conv2d",
+    "dense fused": "masked_conv2d_loaded",
 }
 # Above this a layer's dense convolution is the faster one.
 DENSEST = 0.5
