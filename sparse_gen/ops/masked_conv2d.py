@@ -68,6 +68,20 @@ def masked_conv2d_backward(
     return run.backward(grad_out, x, weight, stride, padding, mode, upsample, pool, needs_grad_x, needs_grad_weight)
 
 
+def _loaded_reference(x, weight, bias, *arguments):
+    return masked_conv2d_reference(x, weight, bias, *arguments, 0)
+
+
+# For a GPU, whose kernel reads through a load on the way.
+register_sparse_convolution(
+    "int stride, int padding, int mode, int upsample, bool pool",
+    reference=_loaded_reference,
+    fake=lambda *given: _fake(*given, 0),
+    loads=True,
+    name="masked_conv2d_loaded",
+)
+
+
 def _taps_reference(x, weight, bias, padding, mode, bilinear):
     return masked_conv2d_reference(x, weight, bias, 1, padding, mode, 2 if bilinear else 1, False, 0)
 

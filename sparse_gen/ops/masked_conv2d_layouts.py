@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -157,9 +158,13 @@ def _convolution_layout(convolve, convolve_backward) -> SimpleNamespace:
         if needs_x:
             grad = grads_x[0] if len(x) == 1 else torch.cat(grads_x)
             grad_x = _unprepare(grad, large, x, stride, padding, mode, upsample, pool).contiguous()
-        return grad_x, torch.stack(grads_weight) if needs_weight else empty
+        return grad_x, _stacked(grads_weight) if needs_weight else empty
 
     return SimpleNamespace(forward=forward, backward=backward)
+
+
+def _stacked(rows):
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def _direct(x, weight, bias, stride, padding):
@@ -205,8 +210,14 @@ def _gemm_backward(grad_out, x, weight, stride, padding, needs_x, needs_weight):
 _SUMS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
 
 
+# Kept: while a CUDA graph is captured nothing may be copied from the host.
+@cache
+def _sums(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return _SUMS.to(device, dtype)
+
+
 def _phase_weight(weight):
-    sums = _SUMS.to(weight)
+    sums = _sums(weight.dtype, weight.device)
     summed = torch.einsum("eoiyx,ary,bcx->eaboirc", weight, sums, sums)
     return summed.reshape(len(weight), -1, weight.shape[2], 2, 2)
 
@@ -245,7 +256,7 @@ def _phase_backward(grad_out, x, weight, _stride, _padding, mode, _upsample, _po
     if needs_x:
         grad_x = _pad_backward(torch.cat(grads_x), x, 1, 0 if mode == 0 else 2).contiguous()
     if needs_weight:
-        sums = _SUMS.to(weight)
+        sums = _sums(weight.dtype, weight.device)
         parts = torch.stack(grads_weight).view(experiments, 2, 2, out_channels, in_channels, 2, 2)
         grad_weight = torch.einsum("eaboirc,ary,bcx->eoiyx", parts, sums, sums).contiguous()
     return grad_x, grad_weight
