@@ -45,6 +45,10 @@ def find(
     steps: Annotated[
         int | None, _number("Steps of the search (oes, default 1000) or of each round's training (imp, 1500).")
     ] = None,
+    settle: Annotated[
+        float | None,
+        _number("oes: end before --steps, once at most this share of the kept weights was exchanged in 100 steps."),
+    ] = None,
     group: Annotated[
         str | None,
         _setting("oes: kept or pruned together: kernel, filter, or output x input channels such as 8x1."),
@@ -81,6 +85,7 @@ def find(
     }  # fmt: skip
     request = MaskRequest(
         method=method, scope=scope, floor=floor, variant=variant, target=target, store_logits=store_logits,
+        settle=settle,
         options={name: value for name, value in own.items() if value is not None},
     )  # fmt: skip
     with StageBars() as bars:
@@ -88,5 +93,12 @@ def find(
             DenoiseConfig.from_mapping(settings), request, output, more_images=images[1:], overwrite=overwrite,
             progress=lambda step, total, metrics: bars("search", step, total, metrics),
         )  # fmt: skip
+    if settle is not None:
+        steps = result.settings["steps"]
+        if result.settled_at is None:
+            last = result.history["exchanged"][-1].item()
+            print(f"not settled in {steps:,} steps: the last 100 exchanged {last:.1%} of the kept weights")
+        else:
+            print(f"settled after {result.settled_at:,} of {steps:,} steps")
     mask = result.mask
     print(f"{output}: {mask.kept:,} of {mask.total:,} weights kept, {mask.density:.2%}")

@@ -47,13 +47,14 @@ class SearchResult:
         mask: the kept weights with their initial values; an experiment axis where there are several.
         logits: parameter name → logits of its shape (a leading E where there are several experiments); empty for
             methods that learn none.
-        history: columns "loss" (mean squared error of the sampled network) and "kl" (nats, unweighted).
+        history: columns "loss" (mean squared error of the sampled network), "kl" (nats, unweighted) and, with a rule
+            that ends the search, "exchanged": the share of the kept weights that its last window exchanged.
         connected: False if the masked network's output is constant.
         disconnected_at: the layer from which on it is constant.
         settings: every constant of the search.
         plan: how the network ran.
-        stopped_at: after how many steps the stopping rule ended the search, None if it did not; a list where there
-            are several experiments.
+        settled_at: after how many steps the kept weights had settled, which ended the search; None if they had not; a
+            list where there are several experiments.
         scores: parameter name → what other methods chose by, the largest being kept; shapes as of the logits.
         groups: which weights share a logit; None where each has its own.
     """
@@ -64,7 +65,7 @@ class SearchResult:
     connected: bool
     disconnected_at: str | None
     settings: dict[str, Any] = field(default_factory=dict)
-    stopped_at: int | list[int | None] | None = None
+    settled_at: int | list[int | None] | None = None
     scores: dict[str, torch.Tensor] = field(default_factory=dict)
     plan: Plan | None = None
     groups: Groups | None = None
@@ -230,12 +231,13 @@ def search_mask(
     )
     if logits.groups is not None:
         settings["group"] = group
+    if stop is not None:
+        settings["stop"] = {"window": stop.window, "tolerance": stop.tolerance}
     if not isinstance(settings["prunable"], str):
         settings["prunable"] = list(layout.shapes)
     start = 0
     if checkpoints is not None:
-        rule = None if stop is None else {"window": stop.window, "tolerance": stop.tolerance}
-        identity = {**settings, "every": every, "stop": rule, "inputs": fingerprint(z, y, *net.parameters())}
+        identity = {"stop": None, **settings, "every": every, "inputs": fingerprint(z, y, *net.parameters())}
         identity["plan"] = sampled.plan.layouts
         restored = checkpoints.load("search", identity)
         if restored is not None:
@@ -257,19 +259,28 @@ def search_mask(
     for step in range(start, start if over else steps):
         loss, gradient = sampled.loss(y)
         first_bad = torch.where((first_bad < 0) & ~loss.isfinite().all(), step, first_bad)
-        if step % every == 0 or step == steps - 1:
-            if first_bad >= 0:
-                raise FloatingPointError(f"expected a finite loss, got none at step {int(first_bad)}, lower lr ({lr})")
-            history.record(step, loss=loss, kl=logits.kl())
+        due = step % every == 0 or step == steps - 1
+        if due and first_bad >= 0:
+            raise FloatingPointError(f"expected a finite loss, got none at step {int(first_bad)}, lower lr ({lr})")
+        may_end = stop is not None and (step + 1) % stop.window == 0
+        row = {"loss": loss, "kl": logits.kl()} if due or may_end else {}
+        logits.update(sampled.masked_weight, gradient, step)
+        if stop is not None:
+            over = stop.update(step, logits.values, count, logits.sizes)
+            row["exchanged"] = stop.exchanged.to(loss)
+        if due or over:
+            history.record(step, **row)
             if progress is not None:
                 progress(step + 1, steps, history.last())
-        logits.update(sampled.masked_weight, gradient, step)
-        over = stop is not None and stop.update(step, logits.values, count, logits.sizes)
         if checkpoints is not None and first_bad < 0:
             checkpoints.store("search", identity, step + 1, state, history, last=over or step == steps - 1)
         if over:
             break
     final = logits.values if stop is None else stop.selected(logits.values)
+
+    settled_at = None if stop is None else stop.stopped_after()
+    if stop is not None:
+        settings["settled_at"] = settled_at
 
     keep = logits.keep(final, count)
     recipe = {**network_recipe(net), "search": {"method": "oes", **settings}, **(recipe or {})}
@@ -284,9 +295,8 @@ def search_mask(
         )
     final = logits.of_weights(final)
     logit_views = layout.views(final if experiments > 1 else final[0])
-    stopped_at = None if stop is None else stop.stopped_after()
     return SearchResult(
-        mask, logit_views, history, connectivity.connected, connectivity.disconnected_at, settings, stopped_at,
+        mask, logit_views, history, connectivity.connected, connectivity.disconnected_at, settings, settled_at,
         plan=sampled.plan, groups=logits.groups,
     )  # fmt: skip
 
