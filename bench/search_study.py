@@ -66,7 +66,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "x4": {"samples": 4, "lr": 0.1},
     "decay": {"decay": True},
 }
-FINALISTS = ("quick",)
+# Those that were not behind the default where all were tried.
+FINALISTS = ("quick", "anti", "lr.1", "decay")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Preset:
         name: stands in every record.
         size, channels: of the square image, and of the hourglass, outermost first.
         tried_steps: of every setting's search on the first photograph, in passes over the network; 0 to leave it out.
-        steps: of a finalist's search; 0 to leave them out. A quarter and half of it are judged too.
+        judged_at: after how many steps, rising, a finalist's search is judged, on all photographs.
         fit_steps: of the training after it.
         paper_at: after how many steps the paper's search on the second photograph is judged.
         photographs: the first to tune on, the others to judge.
@@ -87,7 +88,8 @@ class Preset:
     size: int
     channels: tuple[int, ...]
     tried_steps: int = 1000
-    steps: int = 2000
+    judged_at: tuple[int, ...] = (500, 1000, 2000)
+    finalists: tuple[str, ...] = FINALISTS
     fit_steps: int = 1000
     paper_at: tuple[int, ...] = (500, 1000, 2000, 4000, 8000, 16_000, 24_000, 32_000, 40_000, 50_000, 60_000)
     papers: tuple[str, ...] = (PAPER, PAPER_CONV)
@@ -101,17 +103,19 @@ class Preset:
         """(photograph, setting, steps, seed)."""
         first, second = self.photographs[:2]
         tried = [(first, s, self.tried_steps, self.seeds[0]) for s in SETTINGS if self.tried_steps]
-        judged = [
-            (n, s, self.steps, seed) for seed in self.seeds for s in FINALISTS for n in self.photographs if self.steps
-        ]
+        steps = self.judged_at[-1]
+        judged = [(n, s, steps, seed) for seed in self.seeds for s in self.finalists for n in self.photographs]
         return [*tried, *judged, *((second, paper, self.paper_at[-1], self.seeds[0]) for paper in self.papers)]
 
 
 FULL = Preset("full", 256, (16, 32, 64, 128, 128, 128), fit_steps=1500)
 # Half as wide it keeps half a weight a measured value, where the noise is hardly fitted; as wide as above it keeps two.
-NARROW = Preset("reduced", 128, (8, 16, 32, 64, 64), steps=0, fit_steps=1500, papers=())
+NARROW = Preset(
+    "reduced", 128, (8, 16, 32, 64, 64), judged_at=(1000,), fit_steps=1500, papers=(), seeds=(0, 1),
+    photographs=("astronaut", "coffee"),
+)  # fmt: skip
 REDUCED = Preset(
-    "reduced", 128, (16, 32, 64, 128, 128), tried_steps=0, papers=(PAPER,), seeds=(0, 1),
+    "reduced", 128, (16, 32, 64, 128, 128), tried_steps=0, finalists=("quick",), papers=(PAPER,), seeds=(0, 1),
     photographs=("astronaut", "coffee"),
 )  # fmt: skip
 
@@ -202,7 +206,8 @@ class Study:
             samples = options.get("samples", 1)
             # As many passes over the network whatever a step takes.
             rule, count = Exchanges(), steps // samples
-            at = (count // 4, count // 2) if steps == self.preset.steps else ()
+            judged = self.preset.judged_at if steps == self.preset.judged_at[-1] else ()
+            at = [number // samples for number in judged]
             found = trial(
                 net, z, y, density=DENSITY, steps=count, at=at, seed=seed, rule=rule, progress=progress, **options,
             )  # fmt: skip
@@ -273,7 +278,6 @@ class Study:
             "psnr_last": last,
             "psnr_tail": psnr[-200 // EVERY :].mean().item(),
             "psnr_wmv": sg.fitting.psnr(fit.image, clean).item(),
-            "wmv_stopped_at": int(stop.rule.stopped_at) if stop.rule.stopped_at >= 0 else None,
             "psnr_oracle_peak": psnr.max().item(),
             "oracle_peak_step": fit.history.step[int(psnr.argmax())],
             "oracle_peak_interval": EVERY,

@@ -112,8 +112,8 @@ def test_a_trial_without_options_is_the_search(trial):
 def study(bench, tmp_path_factory):
     module, folder = bench("search_study"), tmp_path_factory.mktemp("study")
     preset = module.Preset(
-        "reduced", 24, (4, 6), tried_steps=4, steps=8, fit_steps=220, paper_at=(2, 6), seeds=(3, 4),
-        photographs=("astronaut", "coffee"),
+        "reduced", 24, (4, 6), tried_steps=4, judged_at=(2, 4, 8), finalists=("quick",), fit_steps=220,
+        paper_at=(2, 6), seeds=(3, 4), photographs=("astronaut", "coffee"),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "DENSITY", 0.5)
