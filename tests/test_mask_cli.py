@@ -102,6 +102,18 @@ def test_find_ends_when_the_kept_weights_have_settled(files, tmp_path, capsys):
     assert all(torch.equal(keep, settled.tensors[name]) for name, keep in again.tensors.items())
 
 
+def test_find_whose_steps_are_not_given_ends_by_itself(files, tmp_path, capsys):
+    settings = (files / "quick.yaml").read_text().replace("search_steps: 4\n", "")
+    (tmp_path / "own.yaml").write_text(settings)
+    given = [str(files / "photo.png"), "--config", str(tmp_path / "own.yaml"), "--sigma", "0.1"]
+    assert main(["mask", "find", *given, "-o", str(tmp_path / "m")]) == 0
+    search = sg.Mask.load(tmp_path / "m").recipe["search"]
+    assert (search["steps"], search["stop"]) == (1000, {"window": 100, "tolerance": 0.15})
+    assert f"settled after {search['settled_at']:,} of 1,000 steps\n" in capsys.readouterr().out
+    assert main(["mask", "find", *given, "-o", str(tmp_path / "n"), "--method", "snip"]) == 0
+    assert "settled" not in capsys.readouterr().out
+
+
 def test_find_shares_a_mask_between_images(files, tmp_path):
     other = str(files / "other.png")
     assert find(files, tmp_path / "m", other, "--method", "imp", "--sigma", "0.1", "--rewind", "2") == 0

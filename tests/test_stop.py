@@ -179,6 +179,22 @@ def test_search_stops_when_settled():
     assert result.history["exchanged"][-1] <= 0.2 < result.history["exchanged"][-2]
 
 
+def test_a_search_whose_steps_are_not_given_ends_by_itself():
+    z, y, _ = problem()
+    net, arguments = small_net(), {"density": 0.2, "every": 50}
+    result = sg.search_mask(net, z, y, **arguments)
+    assert result.settings["steps"] == 1000
+    assert result.settings["stop"] == {"window": 100, "tolerance": 0.15}
+    assert result.settled_at is not None
+    assert result.settled_at < 1000
+    same = sg.search_mask(net, z, y, steps=result.settled_at, **arguments)
+    assert same.settled_at is None
+    assert "stop" not in same.settings
+    assert all(torch.equal(result.logits[name], same.logits[name]) for name in same.logits)
+    # Given steps are the steps.
+    assert sg.search_mask(net, z, y, steps=1000, **arguments).history.step[-1] == 999
+
+
 def test_the_history_tells_what_each_window_exchanged():
     z, y, _ = problem()
     net, arguments = small_net(), {"density": 0.2, "lr": 0.05, "every": 1}
@@ -206,6 +222,7 @@ def test_the_history_tells_what_each_window_exchanged():
         (lambda: sg.stop.EMV(alpha="0.1"), "alpha between 0 and 1"),
         (lambda: sg.stop.Settled(window=0), "window as an integer"),
         (lambda: sg.stop.Settled(tolerance=1.0), "tolerance from 0 to below 1"),
+        (lambda: sg.search_mask(small_net(), *problem()[:2], stop="settled"), "stop as a rule .* got 'settled'"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -36,6 +36,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"steps": 60_000, "lr": 1e-2, "kl_weight": 1e-9, "prunable": "all"},
 }
 
+# What a window of 100 steps may still exchange of the kept weights when the quick preset ends by itself.
+SETTLED = 0.15
+
 Progress = Callable[[int, int, dict[str, float]], None]
 
 
@@ -128,7 +131,7 @@ def search_mask(
     eps: float = 1e-8,
     seed: int | Sequence[int] = 0,
     every: int = 10,
-    stop: Settled | None = None,
+    stop: Settled | str | None = "auto",
     recipe: dict | None = None,
     checkpoints: Checkpoints | None = None,
     progress: Progress | None = None,
@@ -147,7 +150,7 @@ def search_mask(
         density: kept fraction of all parameters, those that are always kept included.
         preset: "quick" or "paper" (lr 1e-2, kl_weight 1e-9, everything prunable, 60,000 steps); whatever is given
             beside it takes precedence.
-        steps: how many.
+        steps: how many; with a rule that ends the search, how many at most.
         lr: Adam's learning rate on the logits.
         kl_weight: λ of the KL term, which sums over weights.
         prunable: "conv_weights", "all", parameter names, or a function of name and parameter.
@@ -162,7 +165,8 @@ def search_mask(
         betas, eps: Adam's.
         seed: of samples and ties, or one an experiment.
         every: record the history (and report progress) every so many steps.
-        stop: a rule that ends the search before `steps`, such as `sg.stop.Settled()`.
+        stop: a rule that ends the search before `steps`, such as `sg.stop.Settled(window=100, tolerance=0.15)`, or
+            None. "auto" is this rule where the preset "quick" decides the steps, and None where steps are given.
         recipe: plain data stored with the mask beside the network's, such as {"z": …, "noise": …}.
         checkpoints: where to store the search's state and whether to resume from it.
         progress: called with (step, steps, latest values).
@@ -182,6 +186,7 @@ def search_mask(
 
     Ghosh et al., "Optimal Eye Surgeon" (ICML 2024), eq. 3 to 5.
     """
+    stop = _rule(stop, preset, steps)
     settings = _settings(preset, steps=steps, lr=lr, kl_weight=kl_weight, prunable=prunable)
     steps, lr, kl_weight = settings["steps"], settings["lr"], settings["kl_weight"]
     prior, group = density if prior is None else prior, group_name(group)
@@ -330,6 +335,16 @@ def _settings(preset: str, **given) -> dict[str, Any]:
     if preset not in PRESETS:
         raise ValueError(f"expected preset as one of {', '.join(PRESETS)}, got {preset!r}")
     return {**PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
+
+
+def _rule(stop: Settled | str | None, preset: str, steps: int | None) -> Settled | None:
+    if not isinstance(stop, str):
+        return stop
+    if stop != "auto":
+        raise ValueError(f"expected stop as a rule such as sg.stop.Settled(), None or 'auto', got {stop!r}")
+    from sparse_gen.fitting.stop import Settled
+
+    return Settled(tolerance=SETTLED) if preset == "quick" and steps is None else None
 
 
 def network_recipe(net: nn.Module) -> dict:
