@@ -79,6 +79,7 @@ class Preset:
         size, channels: of the square image, and of the hourglass, outermost first.
         tried_steps: of every setting's search on the first photograph, in passes over the network; 0 to leave it out.
         judged_at: after how many steps, rising, a finalist's search is judged, on all photographs.
+        short_at: the default is also judged after these, of a search of their own.
         fit_steps: of the training after it.
         paper_at: after how many steps the paper's search on the second photograph is judged.
         photographs: the first to tune on, the others to judge.
@@ -90,6 +91,7 @@ class Preset:
     tried_steps: int = 1000
     judged_at: tuple[int, ...] = (500, 1000, 2000)
     finalists: tuple[str, ...] = FINALISTS
+    short_at: tuple[int, ...] = ()
     fit_steps: int = 1000
     paper_at: tuple[int, ...] = (500, 1000, 2000, 4000, 8000, 16_000, 24_000, 32_000, 40_000, 50_000, 60_000)
     papers: tuple[str, ...] = (PAPER, PAPER_CONV)
@@ -103,16 +105,17 @@ class Preset:
         """(photograph, setting, steps, seed)."""
         first, second = self.photographs[:2]
         tried = [(first, s, self.tried_steps, self.seeds[0]) for s in SETTINGS if self.tried_steps]
-        steps = self.judged_at[-1]
-        judged = [(n, s, steps, seed) for seed in self.seeds for s in self.finalists for n in self.photographs]
-        return [*tried, *judged, *((second, paper, self.paper_at[-1], self.seeds[0]) for paper in self.papers)]
+        pairs = [(n, seed) for seed in self.seeds for n in self.photographs]
+        judged = [(n, s, self.judged_at[-1], seed) for n, seed in pairs for s in self.finalists]
+        short = [(n, "quick", steps, seed) for n, seed in pairs for steps in self.short_at[-1:]]
+        return [*tried, *judged, *short, *((second, paper, self.paper_at[-1], self.seeds[0]) for paper in self.papers)]
 
 
 FULL = Preset("full", 256, (16, 32, 64, 128, 128, 128), fit_steps=1500)
 # Half as wide it keeps half a weight a measured value, where the noise is hardly fitted; as wide as above it keeps two.
 NARROW = Preset(
-    "reduced", 128, (8, 16, 32, 64, 64), judged_at=(1000,), fit_steps=1500, papers=(), seeds=(0, 1),
-    photographs=("astronaut", "coffee"),
+    "reduced", 128, (8, 16, 32, 64, 64), judged_at=(1000,), short_at=(300, 500), fit_steps=1500, papers=(),
+    seeds=(0, 1), photographs=("astronaut", "coffee"),
 )  # fmt: skip
 REDUCED = Preset(
     "reduced", 128, (16, 32, 64, 128, 128), tried_steps=0, finalists=("quick",), papers=(PAPER,), seeds=(0, 1),
@@ -206,8 +209,8 @@ class Study:
             samples = options.get("samples", 1)
             # As many passes over the network whatever a step takes.
             rule, count = Exchanges(), steps // samples
-            judged = self.preset.judged_at if steps == self.preset.judged_at[-1] else ()
-            at = [number // samples for number in judged]
+            series = [at for at in (self.preset.judged_at, self.preset.short_at) if steps in at[-1:]]
+            at = [number // samples for number in sum(series, ())]
             found = trial(
                 net, z, y, density=DENSITY, steps=count, at=at, seed=seed, rule=rule, progress=progress, **options,
             )  # fmt: skip
