@@ -108,7 +108,7 @@ def test_find_whose_steps_are_not_given_ends_by_itself(files, tmp_path, capsys):
     given = [str(files / "photo.png"), "--config", str(tmp_path / "own.yaml"), "--sigma", "0.1"]
     assert main(["mask", "find", *given, "-o", str(tmp_path / "m")]) == 0
     search = sg.Mask.load(tmp_path / "m").recipe["search"]
-    assert (search["steps"], search["stop"]) == (1000, {"window": 100, "tolerance": 0.15})
+    assert (search["steps"], search["stop"]) == (1000, {"window": 100, "tolerance": 0.1})
     assert f"settled after {search['settled_at']:,} of 1,000 steps\n" in capsys.readouterr().out
     assert main(["mask", "find", *given, "-o", str(tmp_path / "n"), "--method", "snip"]) == 0
     assert "settled" not in capsys.readouterr().out

@@ -184,7 +184,7 @@ def test_a_search_whose_steps_are_not_given_ends_by_itself():
     net, arguments = small_net(), {"density": 0.2, "every": 50}
     result = sg.search_mask(net, z, y, **arguments)
     assert result.settings["steps"] == 1000
-    assert result.settings["stop"] == {"window": 100, "tolerance": 0.15}
+    assert result.settings["stop"] == {"window": 100, "tolerance": 0.1}
     assert result.settled_at is not None
     assert result.settled_at < 1000
     same = sg.search_mask(net, z, y, steps=result.settled_at, **arguments)

@@ -49,7 +49,7 @@ def find(
         float | None,
         _number(
             "oes: end before --steps, once at most this share of the kept weights was exchanged in 100 steps. "
-            "Default: 0.15 without --steps, else never."
+            "Default: 0.1 without --steps, else never."
         ),
     ] = None,
     group: Annotated[
