@@ -118,7 +118,7 @@ NARROW = Preset(
     seeds=(0, 1), photographs=("astronaut", "coffee"),
 )  # fmt: skip
 REDUCED = Preset(
-    "reduced", 128, (16, 32, 64, 128, 128), tried_steps=0, finalists=("quick",), papers=(PAPER,), seeds=(0, 1),
+    "reduced", 128, (16, 32, 64, 128, 128), finalists=("quick",), papers=(PAPER,), seeds=(0, 1),
     photographs=("astronaut", "coffee"),
 )  # fmt: skip
 
