@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize quality pruning bench gpu-check lint clean
+.PHONY: help demo test sanitize quality pruning search-study bench gpu-check lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -34,6 +34,9 @@ quality: $(INSTALLED)  ## compare the methods' PSNR over three seeds
 
 pruning: $(INSTALLED)  ## compare the ways to find a mask; REDUCED=1 at 128² and with few steps
 	$(BIN)/python bench/pruning.py $(if $(REDUCED),--reduced)
+
+search-study: $(INSTALLED)  ## compare constants of the mask search; REDUCED=1 at 128²
+	$(BIN)/python bench/search_study.py $(if $(REDUCED),--reduced)
 
 bench: $(INSTALLED)  ## measure speed; ONLY="training and 512" a part of it, SAVE=1 to store the figures
 	$(BIN)/pytest bench/ $(if $(ONLY),-k "$(ONLY)") $(if $(SAVE),--save)

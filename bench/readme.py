@@ -26,7 +26,7 @@ COLORS = {"published": "tab:gray", "plain": "tab:orange", "compile": "tab:green"
 def _suites() -> list[str]:
     """Whole steps first, then the operators."""
     found = {path.stem.removesuffix("-cpu") for path in (BENCH / "results").glob("*-cpu.json")}
-    return ["end_to_end", *sorted(found - {"end_to_end", "quality", "import", "pruning"})]
+    return ["end_to_end", *sorted(found - {"end_to_end", "quality", "import", "pruning", "search_study"})]
 
 
 def _records(name: str) -> list[dict]:

@@ -223,7 +223,7 @@ def test_a_settled_search_counts_weights_not_groups():
     assert not rule.update(1, torch.tensor([[5.0, 3, 2, 4, 1]]), 9, sizes)
     assert rule.update(2, torch.tensor([[5.0, 2, 1, 4, 1]]), 9, sizes)
     result = search(group="4x1", steps=400, stop=sg.stop.Settled(10, 0.2))
-    assert result.stopped_at < 400
+    assert result.settled_at < 400
     keep, of = of_groups(result, "4x1")
     torch.testing.assert_close(means_by_group(keep[None].double(), of)[0], keep.double())
 

@@ -1,6 +1,7 @@
 """`sparse-gen mask find`, `show`, `compare` and `transfer`."""
 
 import hashlib
+import re
 
 import numpy as np
 import pytest
@@ -83,6 +84,36 @@ def test_find_keeps_groups(files, tmp_path, capsys):
         assert torch.equal(keep.flatten(2).any(dim=2), keep.flatten(2).all(dim=2))
 
 
+def test_find_ends_when_the_kept_weights_have_settled(files, tmp_path, capsys):
+    given = ["--sigma", "0.1", "--steps", "300", "--overwrite"]
+    assert find(files, tmp_path / "m", *given, "--settle", "0.9") == 0
+    settled = sg.Mask.load(tmp_path / "m")
+    search = settled.recipe["search"]
+    assert search["stop"] == {"window": 100, "tolerance": 0.9}
+    assert search["settled_at"] == 200  # the first step that has a window before it
+    assert "settled after 200 of 300 steps\n" in capsys.readouterr().out
+    assert find(files, tmp_path / "m", *given, "--settle", "0") == 0
+    search = sg.Mask.load(tmp_path / "m").recipe["search"]
+    assert search["settled_at"] is None
+    shown = re.search(r"not settled in 300 steps: the last 100 exchanged (.+)% of the kept", capsys.readouterr().out)
+    assert 0 < float(shown[1]) < 90
+    assert find(files, tmp_path / "n", "--sigma", "0.1", "--steps", "200") == 0
+    again = sg.Mask.load(tmp_path / "n")
+    assert all(torch.equal(keep, settled.tensors[name]) for name, keep in again.tensors.items())
+
+
+def test_find_whose_steps_are_not_given_ends_by_itself(files, tmp_path, capsys):
+    settings = (files / "quick.yaml").read_text().replace("search_steps: 4\n", "")
+    (tmp_path / "own.yaml").write_text(settings)
+    given = [str(files / "photo.png"), "--config", str(tmp_path / "own.yaml"), "--sigma", "0.1"]
+    assert main(["mask", "find", *given, "-o", str(tmp_path / "m")]) == 0
+    search = sg.Mask.load(tmp_path / "m").recipe["search"]
+    assert (search["steps"], search["stop"]) == (1000, {"window": 100, "tolerance": 0.1})
+    assert f"settled after {search['settled_at']:,} of 1,000 steps\n" in capsys.readouterr().out
+    assert main(["mask", "find", *given, "-o", str(tmp_path / "n"), "--method", "snip"]) == 0
+    assert "settled" not in capsys.readouterr().out
+
+
 def test_find_shares_a_mask_between_images(files, tmp_path):
     other = str(files / "other.png")
     assert find(files, tmp_path / "m", other, "--method", "imp", "--sigma", "0.1", "--rewind", "2") == 0
@@ -116,6 +147,9 @@ def test_find_as_published_and_by_layer_with_a_floor(files, tmp_path):
         (["--density", "5"], "density: expected a number in (0, 1], got 5, did you mean 5 % = 0.05?"),
         (["--group", "8"], "expected group as 'weight', 'kernel', 'filter', or a block of output × input channels such "
          "as '8x1' or (8, 1), got '8'"),
+        (["--settle", "5"], "settle: expected a share from 0 to below 1, got 5, 0.05 is 5 %"),
+        (["--settle", "0.1", "--method", "snip"],
+         "settle: expected method oes, whose search can settle, got snip, leave one out"),
         (["--floor", "x"], "expected floor as a count of weights or a share of a layer in (0, 1), got 'x'"),
         (["{f}/other.png"], "image: expected one for oes, got 2, use method imp"),
         (["{f}/smaller.png", "--method", "imp"], "image: expected images of one size and kind, got {f}/photo.png of "

@@ -1,5 +1,7 @@
 """Stopping rules against a direct computation of their papers' formulas."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from problems import SIZE, problem, random_mask, small_net
@@ -164,10 +166,51 @@ def test_search_stops_when_settled():
     z, y, _ = problem()
     arguments = {"density": 0.2, "lr": 0.02}
     result = sg.search_mask(small_net(), z, y, steps=400, stop=sg.stop.Settled(10, 0.2), **arguments)
-    assert result.stopped_at is not None
-    assert result.stopped_at < 400
-    same = sg.search_mask(small_net(), z, y, steps=result.stopped_at, **arguments)
+    assert result.settled_at is not None
+    assert result.settled_at < 400
+    assert result.mask.recipe["search"]["settled_at"] == result.settled_at
+    assert result.settings["stop"] == {"window": 10, "tolerance": 0.2}
+    same = sg.search_mask(small_net(), z, y, steps=result.settled_at, **arguments)
     assert all(torch.equal(result.logits[name], same.logits[name]) for name in same.logits)
+    assert same.settled_at is None
+    assert "exchanged" not in same.history
+    # The step that settled it has a row of its own, whatever `every` is.
+    assert result.history.step[-1] == result.settled_at - 1
+    assert result.history["exchanged"][-1] <= 0.2 < result.history["exchanged"][-2]
+
+
+def test_a_search_whose_steps_are_not_given_ends_by_itself():
+    z, y, _ = problem()
+    net, arguments = small_net(), {"density": 0.2, "every": 50}
+    result = sg.search_mask(net, z, y, **arguments)
+    assert result.settings["steps"] == 1000
+    assert result.settings["stop"] == {"window": 100, "tolerance": 0.1}
+    assert result.settled_at is not None
+    assert result.settled_at < 1000
+    same = sg.search_mask(net, z, y, steps=result.settled_at, **arguments)
+    assert same.settled_at is None
+    assert "stop" not in same.settings
+    assert all(torch.equal(result.logits[name], same.logits[name]) for name in same.logits)
+    # Given steps are the steps.
+    assert sg.search_mask(net, z, y, steps=1000, **arguments).history.step[-1] == 999
+
+
+def test_the_history_tells_what_each_window_exchanged():
+    z, y, _ = problem()
+    net, arguments = small_net(), {"density": 0.2, "lr": 0.05, "every": 1}
+    rule = sg.stop.Settled(4, 0.0)
+    result = sg.search_mask(net, z, y, steps=13, stop=rule, **arguments)
+    # A search is the same up to a step whatever its length is, so that its masks are those of shorter ones.
+    kept = [
+        torch.cat([k.flatten() for k in sg.search_mask(net, z, y, steps=n, **arguments).mask.tensors.values()])
+        for n in (4, 8, 12)
+    ]
+    new = [1.0] + [((b & ~a).sum() / b.sum()).item() for a, b in pairwise(kept)]
+    assert 0 < new[2] < new[1] < 1
+    shown = result.history["exchanged"][:, 0].tolist()
+    assert shown == pytest.approx([1.0] * 7 + [new[1]] * 4 + [new[2]] * 2, abs=1e-7)
+    assert result.settled_at is None
+    assert rule.exchanged.item() == shown[-1]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +222,7 @@ def test_search_stops_when_settled():
         (lambda: sg.stop.EMV(alpha="0.1"), "alpha between 0 and 1"),
         (lambda: sg.stop.Settled(window=0), "window as an integer"),
         (lambda: sg.stop.Settled(tolerance=1.0), "tolerance from 0 to below 1"),
+        (lambda: sg.search_mask(small_net(), *problem()[:2], stop="settled"), "stop as a rule .* got 'settled'"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -43,7 +43,14 @@ def find(
     clip: Annotated[bool | None, _setting("Clip the noisy image to 0 to 1. Default: clip.", "--clip/--no-clip")] = None,
     target: Annotated[str, typer.Option(help="Find it on the noisy or the clean image.")] = "noisy",
     steps: Annotated[
-        int | None, _number("Steps of the search (oes, default 1000) or of each round's training (imp, 1500).")
+        int | None, _number("Steps of the search (oes, default at most 1000) or of each round's training (imp, 1500).")
+    ] = None,
+    settle: Annotated[
+        float | None,
+        _number(
+            "oes: end before --steps, once at most this share of the kept weights was exchanged in 100 steps. "
+            "Default: 0.1 without --steps, else never."
+        ),
     ] = None,
     group: Annotated[
         str | None,
@@ -69,18 +76,22 @@ def find(
     from sparse_gen.experiments import DenoiseConfig
     from sparse_gen.experiments.find_mask import MaskRequest, find_mask
     from sparse_gen.experiments.settings import read_settings
+    from sparse_gen.masks.search import SETTLED
 
     given = {
         "image": str(images[0]), "density": density, "prunable": prunable, "sigma": sigma, "clip": clip,
         "generator": generator, "depth": depth, "seed": seed, "device": device, "threads": threads,
     }  # fmt: skip
     settings = merge_settings({} if config is None else read_settings(config), given)
+    if method == "oes" and settle is None and steps is None and "search_steps" not in settings:
+        settle = SETTLED
     own = {
         "group": group, "fraction": fraction, "rewind": rewind, "input_jitter": input_jitter, "rounds": rounds,
         "steps": steps,
     }  # fmt: skip
     request = MaskRequest(
         method=method, scope=scope, floor=floor, variant=variant, target=target, store_logits=store_logits,
+        settle=settle,
         options={name: value for name, value in own.items() if value is not None},
     )  # fmt: skip
     with StageBars() as bars:
@@ -88,5 +99,12 @@ def find(
             DenoiseConfig.from_mapping(settings), request, output, more_images=images[1:], overwrite=overwrite,
             progress=lambda step, total, metrics: bars("search", step, total, metrics),
         )  # fmt: skip
+    if settle is not None:
+        steps = result.settings["steps"]
+        if result.settled_at is None:
+            last = result.history["exchanged"][-1].item()
+            print(f"not settled in {steps:,} steps: the last 100 exchanged {last:.1%} of the kept weights")
+        else:
+            print(f"settled after {result.settled_at:,} of {steps:,} steps")
     mask = result.mask
     print(f"{output}: {mask.kept:,} of {mask.total:,} weights kept, {mask.density:.2%}")

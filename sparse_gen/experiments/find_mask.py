@@ -28,6 +28,8 @@ class MaskRequest:
         method, scope, floor, variant: as for `masks.find`.
         target: "noisy" or, as the lottery image prior's masks were found, "clean".
         store_logits: whether the file holds the logits, 4 bytes a prunable weight; "oes" only.
+        settle: end the search before its last step, as soon as at most this share of the kept weights was exchanged
+            within 100 steps; "oes" only.
         options: the method's own. Those of "oes" and "imp" that the configuration has too are taken from there.
     """
 
@@ -37,12 +39,17 @@ class MaskRequest:
     variant: str | None = None
     target: str = "noisy"
     store_logits: bool = False
+    settle: float | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         choice(*TARGETS)("target", self.target)
         if self.store_logits and self.method != "oes":
             raise ValueError(f"store_logits: expected method oes, which has logits, got {self.method}, leave one out")
+        if self.settle is not None and self.method != "oes":
+            raise ValueError(f"settle: expected method oes, whose search can settle, got {self.method}, leave one out")
+        if self.settle is not None and not 0 <= self.settle < 1:
+            raise ValueError(f"settle: expected a share from 0 to below 1, got {self.settle}, 0.05 is 5 %")
 
 
 def find_mask(
@@ -112,6 +119,7 @@ def find_mask(
         if more_images:
             recipe["image_sha256"] = [photograph.sha256 for photograph in photographs]
             recipe["noise"] = {**recipe["noise"], "seed": [config.seed + i for i in range(len(photographs))]}
+        rule = {} if request.settle is None else {"stop": sg.stop.Settled(tolerance=request.settle)}
         result = sg.masks.find(
             request.method,
             problem.net,
@@ -125,7 +133,7 @@ def find_mask(
             variant=request.variant,
             recipe=recipe,
             progress=progress,
-            **(_options(config, request, len(targets)) | request.options),
+            **(_options(config, request, len(targets)) | request.options | rule),
         )
         if request.store_logits:
             result.mask.logits = result.logits

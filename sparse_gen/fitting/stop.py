@@ -178,6 +178,9 @@ class Settled(_Rule):
         window: compare the kept set with that of so many steps before.
         tolerance: stop when at most this fraction of the kept weights was exchanged.
 
+    Attributes:
+        exchanged: (E,) the fraction that the last window exchanged, 1 before there were two; None before any step.
+
     Each experiment keeps the logits at which it settled.
     """
 
@@ -187,6 +190,7 @@ class Settled(_Rule):
             raise ValueError(f"expected tolerance from 0 to below 1, got {tolerance!r}")
         self.window, self.tolerance = window, tolerance
         self.logits: torch.Tensor | None = None
+        self.exchanged: torch.Tensor | None = None
 
     def update(self, step: int, logits: torch.Tensor, count: int, sizes: torch.Tensor | None = None) -> bool:
         """Take the logits after a step, (E, N), of which the `count` largest are kept; steps come from 0 on.
@@ -196,6 +200,7 @@ class Settled(_Rule):
         if self.logits is None:
             self.logits = logits.clone()
             self.stopped_at = torch.full((len(logits),), -1, device=logits.device)
+            self.exchanged = torch.ones(len(logits), device=logits.device)
             self._kept = torch.zeros_like(logits, dtype=torch.bool)
         if (step + 1) % self.window:
             return False
@@ -209,6 +214,7 @@ class Settled(_Rule):
             kept, weight = logits >= ranked.gather(1, number - 1), sizes
         exchanged = (weight * (kept & ~self._kept)).sum(dim=1) / (weight * kept).sum(dim=1)
         self.logits = torch.where(running[:, None], logits, self.logits)
+        self.exchanged = torch.where(running, exchanged, self.exchanged)
         self.stopped_at = torch.where(running & (exchanged <= self.tolerance), step + 1, self.stopped_at)
         self._kept = kept
         return self.over
