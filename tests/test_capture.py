@@ -185,7 +185,7 @@ def search(engine="auto", experiments=1, **arguments):
 
 
 def same_searches(result, other):
-    assert result.stopped_at == other.stopped_at
+    assert result.settled_at == other.settled_at
     assert result.history.step == other.history.step
     for column in ("loss", "kl"):
         assert torch.equal(result.history[column], other.history[column])
