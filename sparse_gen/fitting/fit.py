@@ -17,6 +17,7 @@ from sparse_gen.engine.checks import (
     check_input,
     check_measurement,
     check_output,
+    check_pixel_weight,
     check_positive,
 )
 from sparse_gen.engine.compile import CompiledGenerator
@@ -68,6 +69,7 @@ def fit(
     steps: int = 1500,
     lr: float = 1e-2,
     clean: torch.Tensor | None = None,
+    pixel_weight: torch.Tensor | None = None,
     stop: Stop | None = None,
     average: float | None = None,
     input_jitter: float = 0.0,
@@ -88,6 +90,8 @@ def fit(
         steps: how many at most.
         lr: Adam's learning rate; the papers take 1e-2 for masked networks and 1e-3 for whole ones.
         clean: the clean image, for the PSNR in the history only.
+        pixel_weight: w of the loss (1/N) Σ w·(x − y)² over an image's N values, from 0 on, of a shape that broadcasts
+            to y's; with 0 where nothing was measured and 1 elsewhere, the fit inpaints.
         stop: a stopping rule, asked after every step; it selects the image.
         average: decay of a running average of the outputs, such as 0.99, which is then the image.
         input_jitter: standard deviation of fresh Gaussian noise added to z at every step; DIP takes 1/30.
@@ -110,7 +114,7 @@ def fit(
     Ulyanov et al., "Deep image prior" (CVPR 2018), eq. 2; Ghosh et al., ICML 2024, section 3.2; Cheng et al., "A
     Bayesian perspective on the deep image prior" (CVPR 2019) for the Langevin noise.
     """
-    _check(module, z, y, clean, steps, every, lr, average, input_jitter, tv_weight, langevin, rings)
+    _check(module, z, y, clean, pixel_weight, steps, every, lr, average, input_jitter, tv_weight, langevin, rings)
     compiled = isinstance(module, CompiledGenerator)
     # oneDNN and cuDNN convolve without reordering where the channels come last.
     z = z.contiguous(memory_format=module.memory_format if compiled else torch.channels_last)
@@ -129,7 +133,7 @@ def fit(
             raise ValueError(f"expected a rule of sparse_gen.stop beside checkpoints, got {type(stop).__name__}")
         # Another plan adds up in another order.
         settings["plan"] = module.plan.layouts if compiled else None
-        inputs = [z, y, *module.parameters(), *([] if clean is None else [clean])]
+        inputs = [z, y, *module.parameters(), *(given for given in (clean, pixel_weight) if given is not None)]
         settings["inputs"] = fingerprint(*inputs)
         restored = checkpoints.load("fit", settings)
         if restored is not None:
@@ -152,7 +156,7 @@ def fit(
         output = module(_jittered(z, input_jitter, seeds, step) if input_jitter else z)
         if step == start:
             check_output(output, y)
-        loss = squared_errors(output, y)
+        loss = squared_errors(output, y) if pixel_weight is None else weighted_errors(output, y, pixel_weight)
         variation = total_variation(output) if tv_weight else None
         optimiser.step((loss if variation is None else loss + tv_weight * variation).sum(), step)
 
@@ -181,17 +185,26 @@ def fit(
     return FitResult(image, history, stopped_at, module)
 
 
+def weighted_errors(output: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(1/N) Σ w·(x − y)² of each image, (E,), from (E, C, H, W) and a weight that broadcasts to it."""
+    return (weight * (output - y).square()).mean(dim=(1, 2, 3))
+
+
 def total_variation(image: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of vertical plus that of horizontal neighbours: (E, C, H, W) to (E,)."""
     rows = (image[..., 1:, :] - image[..., :-1, :]).abs().mean(dim=(1, 2, 3))
     return rows + (image[..., 1:] - image[..., :-1]).abs().mean(dim=(1, 2, 3))
 
 
-def _check(module, z, y, clean, steps, every, lr, average, input_jitter, tv_weight, langevin, rings) -> None:
+def _check(
+    module, z, y, clean, pixel_weight, steps, every, lr, average, input_jitter, tv_weight, langevin, rings
+) -> None:
     check_input(z)
     check_measurement(y, z)
     if clean is not None:
         check_image(clean, z, "clean")
+    if pixel_weight is not None:
+        check_pixel_weight(pixel_weight, y)
     check_count(steps, "steps")
     check_count(every, "every")
     check_positive(lr, "lr")
