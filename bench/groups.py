@@ -42,6 +42,8 @@ GROUPS = {
     "16x1": "16 output channels",
     "4x4": "4 output × 4 input channels",
     "8x8": "8 output × 8 input channels",
+    "4x4+head": "4 × 4, but for the head, which stays whole",
+    "8x8+head": "8 × 8, but for the head, which stays whole",
     "kernel": "kernel plane",
     "filter": "filter",
 }
@@ -67,7 +69,11 @@ class Comparison(pruning.Comparison):
         if not file.exists():
             z, y, _, net = self.problem(name, seed)
             self.masks.mkdir(parents=True, exist_ok=True)
-            self.find(f"oes_{group}", net, z, y, DENSITY, seed, progress)[0].save(file)
+            kind, _, head = group.partition("+")
+            sg.search_mask(
+                net, z, y, density=DENSITY, steps=self.preset.search_steps, group=kind, seed=seed, progress=progress,
+                prunable=lambda name, weight: weight.ndim == 4 and not (head and name == "head.weight"), plan="rule",
+            ).mask.save(file)  # fmt: skip
         return sg.Mask.load(file)
 
     def quality(self, name: str, group: str, seed: int, progress=None) -> dict:

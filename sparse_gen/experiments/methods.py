@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +28,15 @@ from sparse_gen.experiments.problem import (
     pose,
     selected_step,
 )
-from sparse_gen.experiments.stages import StageProgress, last_output, psnr_curve, search, train
+from sparse_gen.experiments.stages import StageProgress, last_output, psnr_curve, recipe_of, search, train
 from sparse_gen.fitting import FitResult
 from sparse_gen.masks.random import random_mask
 
 # Not measured: an experiment of a sweep has the same bits alone, in any order, beside other processes that disturb a
 # measurement, and after a kill. A stored plan could not give that, as every experiment has stages of its own.
 _PLAN = "rule"
+# What takes a gradient of all weights at once.
+_SEARCHING = ("oes", "snip", "grasp", "synflow")
 
 
 class Watched:
@@ -102,6 +105,10 @@ def run_experiment(
             mask, connected = found.mask, found.connected
         elif experiment.kind == "random":
             mask = random_mask(problem.net, config.density, prunable=config.prunable, seed=config.seed)
+        elif experiment.kind != "dense":
+            found = _find(problem, experiment, config, checkpoints, note)
+            check_connected(found, config)
+            mask, connected = found.mask, found.connected
         seconds_search = time.perf_counter() - clock + checkpoints.seconds_before("search")
         untrained = None if mask is None else sg.masked_output(problem.net, problem.z, mask)
 
@@ -128,9 +135,45 @@ def run_experiment(
         }
 
 
+def _find(
+    problem: Problem,
+    experiment: Experiment,
+    config: DenoiseConfig,
+    checkpoints: Checkpoints,
+    note: StageProgress | None,
+) -> sg.SearchResult:
+    """The mask of a method other than OES, by `masks.find`."""
+    options = {name: value for name, value in experiment.finding.items() if name != "rounds"}
+    rounds = experiment.rounds
+    if experiment.kind == "synflow":
+        options["rounds"] = rounds
+    elif experiment.kind == "imp":
+        # Falling by one factor, as a fixed fraction would, to arrive in the last round at the density.
+        options["schedule"] = [config.density ** (k / rounds) for k in range(1, rounds)] + [config.density]
+        options |= {
+            "steps": experiment.search_steps // rounds, "lr": config.lr, "input_jitter": config.input_jitter,
+            "every": config.every, "checkpoints": checkpoints, "plan": _PLAN,
+        }  # fmt: skip
+    with warnings.catch_warnings():
+        if not config.force:  # it becomes an error, which says the same
+            warnings.simplefilter("ignore", sg.DisconnectedMaskWarning)
+        return sg.masks.find(
+            experiment.kind,
+            problem.net,
+            problem.z,
+            problem.noisy,
+            density=config.density,
+            prunable=config.prunable,
+            seed=config.seed,
+            recipe=recipe_of(config),
+            progress=None if note is None else lambda step, total, metrics: note("search", step, total, metrics),
+            **options,
+        )
+
+
 def _admit(experiment: Experiment, shape: tuple[int, int, int], device: torch.device) -> None:
     try:
-        check_memory(experiment.config, shape, device, search=experiment.kind == "oes")
+        check_memory(experiment.config, shape, device, search=experiment.kind in _SEARCHING)
     except ValueError as error:
         raise (MemoryError if str(error).startswith("memory:") else ValueError)(str(error)) from None
 

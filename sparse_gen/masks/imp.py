@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from math import ceil, floor
 
 import torch
@@ -101,7 +102,8 @@ def imp(
     if checkpoints is not None:
         restored = checkpoints.load("search", identity)
         if restored is not None:
-            done, tensors, history = restored
+            steps_done, tensors, history = restored
+            done = list(accumulate(lengths)).index(steps_done) + 1
             between.restore(tensors, history)
 
     for number in range(done, len(lengths)):
@@ -113,8 +115,8 @@ def imp(
             between.scores = problem.layout.flatten(trained).abs() * between.keep
             between.keep = problem.choose(between.scores, counts[pruned], within=between.keep)
         if checkpoints is not None:
-            last = number == len(lengths) - 1
-            checkpoints.store("search", identity, number + 1, between.tensors, between.history, last=last, due=True)
+            steps_done, last = sum(lengths[: number + 1]), number == len(lengths) - 1
+            checkpoints.store("search", identity, steps_done, between.tensors, between.history, last=last, due=True)
             checkpoints.part(f"round-{number}").clear()
     whole = {name: between.start[name][None] for name in problem.whole}
     settings |= {"layouts": between.layouts, "flops": between.flops}
