@@ -58,10 +58,12 @@ def place(record: dict) -> tuple:
 class Comparison(pruning.Comparison):
     """The pruning comparison's problems and trainings, with groups for methods."""
 
+    groups = tuple(GROUPS)
+
     def jobs(self) -> list[tuple[str, str, int]]:
         preset = self.preset
         done = {(r["case"], r["provider"], r.get("seed")) for r in records.load(self.results)}
-        every = [(name, group, seed) for seed in preset.seeds for name in preset.photographs for group in GROUPS]
+        every = [(name, group, seed) for seed in preset.seeds for name in preset.photographs for group in self.groups]
         return [job for job in every if (preset.case(job[0]), *job[1:]) not in done]
 
     def mask(self, name: str, group: str, seed: int, progress=None) -> sg.Mask:
