@@ -200,7 +200,7 @@ def table(found: list[dict]) -> str:
     reduced = " (reduced)" if quality[0]["preset"] == "reduced" else ""
     head = [
         "pruned together", "kept", "last, dB", "lost to weights, dB", "oracle peak, dB",
-        *(f"step at {size}², ms | over weights" for size in sizes), "how its convolutions run",
+        *(f"step at {size}², ms | over weights" for size in sizes), f"layouts at {sizes[-1]}²" if sizes else "layouts",
     ]  # fmt: skip
     rows = [f"**{cases}**{reduced}", "", f"| {' | '.join(head)} |", "|" + "---|" * (len(head) + len(sizes))]
     for group, label in GROUPS.items():
@@ -213,18 +213,26 @@ def table(found: list[dict]) -> str:
         cells += ["–"] * 3 if last is None else [f"{last[0]:.2f}", f"{last[1]:+.2f}", f"{peak[0]:.2f}"]
         if cut:
             cells[1] += f" ({len(cut)} of {len(own)} cut at {', '.join(sorted({r['disconnected_at'] for r in cut}))})"
-        kernels: dict[str, int] = {}
+        kernels: Counter[str] = Counter()
         for size in sizes:
             times = _times(found, size)
             if group in times and "weight" in times:
                 own_ms = times[group]["median_ms"]
                 cells += [f"{own_ms:.1f}", f"{times['weight']['median_ms'] / own_ms:.2f}×"]
-                kernels = times[group]["kernels"]
+                kernels = Counter()
+                for kernel, count in times[group]["kernels"].items():
+                    kernels[_layout(kernel)] += count
             else:
                 cells += ["–", "–"]
-        cells.append(", ".join(f"{kernel} ×{count}" for kernel, count in kernels.items()) or "–")
+        cells.append(", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common()) or "–")
         rows.append(f"| {' | '.join([label, *cells])} |")
     return "\n".join(rows)
+
+
+def _layout(kernel: str) -> str:
+    """The layout of a convolution without what is folded into it; the head is dense."""
+    name = kernel.split(",")[0].removeprefix("upsampled ")
+    return {"with its normalisation": "dense", "dense tiles": "dense", "dense gemm": "dense"}.get(name, name)
 
 
 def draw(found: list[dict], path: Path) -> None:

@@ -112,6 +112,7 @@ def run(preset: Preset, task: str, folder: Path = ROUNDS, progress=None) -> list
             "device": "cpu", "torch": torch.__version__, "date": datetime.date.today().isoformat(),
         })  # fmt: skip
     checkpoints.clear()
+    checkpoints.folder.rmdir()
     return result
 
 

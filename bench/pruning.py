@@ -195,6 +195,7 @@ class Comparison:
         with torch.no_grad():
             last = fit.module(z)
         checkpoints.clear()
+        checkpoints.folder.rmdir()
         # History holds the output before each step's update; the last output is a point of the curve too.
         psnr = [*fit.history["psnr"][:, 0].tolist(), sg.fitting.psnr(last, clean).item()]
         steps = [*fit.history.step, record["steps_fit"]]
