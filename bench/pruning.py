@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import sparse_gen as sg
-from sparse_gen.checkpoint import Checkpoints
+from sparse_gen.checkpoint import Checkpoints, fingerprint
 from sparse_gen.engine.functional import training_copy
 from sparse_gen.experiments.methods import Watched
 from sparse_gen.fitting.stop import WMV
@@ -227,9 +227,14 @@ class Comparison:
             options |= {"steps": preset.search_steps // preset.rounds, "plan": "rule"}
             # Falling by one factor, as a fixed fraction would, to arrive in a round's last step at the density.
             options["schedule"] = [density ** (k / preset.rounds) for k in range(1, preset.rounds)] + [density]
+            name = f"imp {fingerprint(z, y)[:16]}, {density}, {options['steps']} steps a round"
+            options["checkpoints"] = Checkpoints(self.masks / name, resume=True)
         elif kind == "synflow":
             options["rounds"] = self.rounds()
         found = sg.masks.find(kind, net, z, y, density=density, seed=seed, progress=progress, **options)
+        if kind == "imp":
+            options["checkpoints"].clear()
+            options["checkpoints"].folder.rmdir()
         searched = {"oes": preset.search_steps, "imp": preset.rounds * options.get("steps", 0)}
         return found.mask, searched.get(kind, options.get("rounds", _PASSES.get(method, 0)))
 
