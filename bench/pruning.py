@@ -144,7 +144,7 @@ class Comparison:
             mask, passes = self.stored("oes", name, density, seed, progress)
             net = sg.generators.Hourglass(depth=preset.depth, seed=seed + 1000)
             mask = sg.masks.transfer(mask, net, weights="reinitialise")
-        elif method in ("oes", "synflow"):
+        elif method in ("oes", "synflow", "imp"):
             mask, passes = self.stored(method, name, density, seed, progress)
         elif method not in WHOLE:
             mask, passes = self.find(method, net, z, y, density, seed, progress)
@@ -239,9 +239,11 @@ class Comparison:
         return found.mask, searched.get(kind, options.get("rounds", _PASSES.get(method, 0)))
 
     def stored(self, method: str, name: str, density: float, seed: int, progress: Any) -> tuple[sg.Mask, int]:
-        """The mask of a method that several rows take, searched once and kept in a file, and the steps it took."""
+        """The mask of a method that takes long, searched once and kept in a file, and the steps it took."""
         preset = self.preset
         title, passes = preset.case(name), preset.search_steps
+        if method == "imp":
+            title, passes = f"imp, {title}", preset.search_steps // preset.rounds * preset.rounds
         if method == "synflow":  # which looks at no image
             title, passes = f"synflow {preset.size}², depth {preset.depth}, {self.rounds()} rounds", self.rounds()
         file = self.masks / f"{title}, {density}, seed {seed}.safetensors"

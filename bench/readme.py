@@ -12,7 +12,6 @@ from pathlib import Path
 
 import groups
 import lottery
-import pruning
 import pruning_report
 import quality
 import targets
@@ -109,17 +108,10 @@ def draw() -> None:
         figure.savefig(file, dpi=110, format="png")
 
 
-def pruned() -> str:
-    """The comparison at 256²; the file also holds the one at 128²."""
-    cases = [pruning.REDUCED.case(name) for name in pruning.REDUCED.photographs]
-    records = [record for record in _records("pruning-cpu") if record["case"] in cases]
-    return pruning_report.table(records) or "not measured yet"
-
-
 BLOCKS = {
     "targets": aims,
     "quality": lambda: quality.table(quality.load()),
-    "pruning": pruned,
+    "pruning": lambda: pruning_report.table(_records("pruning-cpu")) or "not measured yet",
     "groups": lambda: groups.table(_records("groups-cpu")) or "not measured yet",
     "lottery": lambda: lottery.table(_records("lottery-cpu")) or "not measured yet",
     "speed": speed,
