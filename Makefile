@@ -44,8 +44,8 @@ lottery: $(INSTALLED)  ## compare lottery tickets with the dense prior; REDUCED=
 bench: $(INSTALLED)  ## measure speed; ONLY="training and 512" a part of it, SAVE=1 to store the figures
 	$(BIN)/pytest bench/ $(if $(ONLY),-k "$(ONLY)") $(if $(SAVE),--save)
 
-gpu-check: $(INSTALLED)  ## check and measure on this machine's GPU; the results go to gpu-check/
-	$(BIN)/python scripts/gpu_check.py gpu-check
+gpu-check: $(INSTALLED)  ## check and measure on this machine's GPU, into gpu-check/; PARTS="tests bench" ONLY=concrete_mask a part
+	$(BIN)/python scripts/gpu_check.py gpu-check $(PARTS) $(if $(ONLY),--only "$(ONLY)")
 
 # The stamp goes too: the library in the source tree has to be built again.
 clean:  ## delete what was built, but not .venv and demo/

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tolerance import tolerance
 from torch.nn import functional as F
 
 from sparse_gen.ops.block_sparse_conv2d import BlockPattern, block_sparse_conv2d
@@ -30,7 +31,7 @@ def assert_equal(x, values, pattern, weight, gradient) -> float:
     want = [expected, *torch.autograd.grad(expected, doubles, gradient.double())]
     want[2] = want[2].flatten()[pattern.index][None]
     error = max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True))
-    assert error <= 5e-6
+    assert error <= tolerance(x)
     return error
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tolerance import tolerance
 from torch.nn import functional as F
 
 from sparse_gen.ops.masked_conv2d import masked_conv2d
@@ -36,7 +37,7 @@ def assert_equal(x, weight, gradient, padding, folded) -> float:
     got = [out, *torch.autograd.grad(out, leaves, gradient)]
     want = [expected, *torch.autograd.grad(expected, doubles, gradient.double())]
     error = max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True))
-    assert error <= 5e-6
+    assert error <= tolerance(x)
     return error
 
 

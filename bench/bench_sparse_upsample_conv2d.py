@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tolerance import tolerance
 from torch.nn import functional as F
 
 from sparse_gen.ops.sparse_upsample_conv2d import TapPattern, sparse_upsample_conv2d
@@ -25,7 +26,7 @@ def assert_equal(x, values, pattern, weight, gradient, upsample) -> float:
     want = [expected, *torch.autograd.grad(expected, doubles, gradient.double())]
     want[2] = want[2].flatten()[pattern.pattern.index][None]
     error = max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True))
-    assert error <= 5e-6
+    assert error <= tolerance(x)
     return error
 
 

@@ -8,16 +8,29 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_gen.experiments.timing import BASELINES, make_records, merge_records, timed_round
+from sparse_gen.engine.capture import StepRunner, capturer
+from sparse_gen.experiments.timing import (
+    BASELINES,
+    fastest_plain,
+    make_records,
+    merge_records,
+    timed_round,
+    warm_up_rounds,
+)
 
 RESULTS = Path(__file__).parent / "results"
 _records: list[dict] = []
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="where to measure: cpu or cuda")
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where to measure: cpu or cuda")
     parser.addoption("--save", action="store_true", help="write the figures to bench/results/")
     parser.addoption("--with-compile", action="store_true", help="also measure torch.compile (minutes of compiling)")
+
+
+def pytest_configure(config):
+    # Shown, not an error: a provider that cannot be captured is timed call by call.
+    config.addinivalue_line("filterwarnings", "default:steps run call by call")
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +38,8 @@ def device(request):
     name = request.config.getoption("--device")
     if name == "cuda" and not torch.cuda.is_available():
         pytest.exit("expected a CUDA device for --device cuda, got none", returncode=2)
-    return name
+    with fastest_plain(name):
+        yield name
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +54,20 @@ def compare(benchmark, device):
     compare(suite, case, {"published": f, "plain": g, "ours": h}, error=…, rounds=…) after equality was asserted;
     `error` is what was found then, `peak_mb` and `facts` are as for `make_records`. pytest-benchmark shows the time of
     a whole round, the records hold each provider's median, which is also returned, and its 20th and 80th percentile.
+    On a GPU all but the published ones are replayed from CUDA graphs, since Python takes longer than an operator; steps
+    that see to that themselves say `captures=False`.
     """
 
-    def run(suite, case, providers, *, error, rounds=15, warmup=2, peak_mb=None, facts=None, in_a_row=1):
+    def run(
+        suite, case, providers, *, error, rounds=15, peak_mb=None, facts=None, in_a_row=1, captures=True
+    ):  # fmt: skip
+        warmup = warm_up_rounds(device)
+        if captures and device == "cuda":
+            providers = {
+                name: function if name == "published" else StepRunner(function, capturer(torch.device(device)))
+                for name, function in providers.items()
+            }
+            in_a_row = max(in_a_row, 10)
         times = {}
         arguments = (providers, times, device, in_a_row)
         benchmark.pedantic(timed_round, arguments, rounds=rounds, warmup_rounds=warmup, iterations=1)

@@ -1,4 +1,4 @@
-"""How the convolutions read an image: padding, ×2 up-sampling and 2×2 means by index, BN and LeakyReLU on load.
+"""How the convolutions read an image: padding, ×2 up-sampling and 2×2 means by index, and loads on the way in.
 
 Nothing that an index can express is ever written to memory. The codes are those of the operators' schemas: MODE 0
 zeros, 1 reflect, 2 replicate; UPSAMPLE 0 none, 1 nearest, 2 bilinear (corners not aligned).
@@ -79,19 +79,21 @@ def _inside(o_index, length, MODE: tl.constexpr):
 
 
 @triton.jit
-def _load_activated(p_image, m_load, o_pixel, b_mean, b_factor, b_beta, slope, AFFINE: tl.constexpr):
+def _load_seen(p_image, m_load, o_pixel, b_load, LOAD: tl.constexpr):
+    """Values as a reader sees them, 0 where the padding is."""
     b_value = tl.load(p_image + o_pixel, mask=m_load, other=0.0)
-    if AFFINE:
-        b_value = (b_value - b_mean) * b_factor + b_beta
-        # Padding with zeros comes after the activation.
-        b_value = tl.where(m_load, tl.where(b_value > 0, b_value, slope * b_value), 0.0)
+    if LOAD:
+        b_factor, b_shift, b_slope, b_factor2, b_shift2 = b_load
+        b_value = b_value * b_factor + b_shift
+        # Padding with zeros comes behind the load.
+        b_value = tl.where(m_load, tl.where(b_value > 0, b_value, b_slope * b_value) * b_factor2 + b_shift2, 0.0)
     return b_value
 
 
 @triton.jit
 def _load_large(
-    p_image, m_image, o_y, o_x, b_mean, b_factor, b_beta, slope, height, width,
-    MODE: tl.constexpr, UPSAMPLE: tl.constexpr, AFFINE: tl.constexpr,
+    p_image, m_image, o_y, o_x, b_load, height, width,
+    MODE: tl.constexpr, UPSAMPLE: tl.constexpr, LOAD: tl.constexpr,
 ):  # fmt: skip
     """One value of the padded, up-sampled image."""
     SCALE: tl.constexpr = 2 if UPSAMPLE else 1
@@ -106,15 +108,15 @@ def _load_large(
         o_right = tl.minimum((o_x + 1) // 2, width - 1)
         b_down = 0.75 - 0.5 * (o_y % 2).to(tl.float32)
         b_right = 0.75 - 0.5 * (o_x % 2).to(tl.float32)
-        b_0 = _load_activated(p_image, m_load, o_top + o_left, b_mean, b_factor, b_beta, slope, AFFINE)
-        b_1 = _load_activated(p_image, m_load, o_top + o_right, b_mean, b_factor, b_beta, slope, AFFINE)
-        b_2 = _load_activated(p_image, m_load, o_bottom + o_left, b_mean, b_factor, b_beta, slope, AFFINE)
-        b_3 = _load_activated(p_image, m_load, o_bottom + o_right, b_mean, b_factor, b_beta, slope, AFFINE)
+        b_0 = _load_seen(p_image, m_load, o_top + o_left, b_load, LOAD)
+        b_1 = _load_seen(p_image, m_load, o_top + o_right, b_load, LOAD)
+        b_2 = _load_seen(p_image, m_load, o_bottom + o_left, b_load, LOAD)
+        b_3 = _load_seen(p_image, m_load, o_bottom + o_right, b_load, LOAD)
         b_upper = b_0 + (b_1 - b_0) * b_right
         b_value = b_upper + (b_2 + (b_3 - b_2) * b_right - b_upper) * b_down
     else:
         o_pixel = (o_y // SCALE) * width + o_x // SCALE
-        b_value = _load_activated(p_image, m_load, o_pixel, b_mean, b_factor, b_beta, slope, AFFINE)
+        b_value = _load_seen(p_image, m_load, o_pixel, b_load, LOAD)
     return b_value
 
 
@@ -124,38 +126,30 @@ def load_image(
     m_image,  # which of them and of the positions are there
     o_y,  # rows and columns of the padded image, less the padding
     o_x,
-    p_affine,  # pointers to the channels' means, or anything where not AFFINE
+    p_load,  # pointers to the channels' loads, five numbers each, or anything where not LOAD
     m_channel,  # which of these are there
-    affine_stride,  # E * channels: from there to the factors gamma / √(variance + eps), and again to beta
-    slope,  # of LeakyReLU
     height,
     width,
     MODE: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     BOX: tl.constexpr,
-    AFFINE: tl.constexpr,
+    LOAD: tl.constexpr,
 ):
-    """Values of [2×2 mean ·] pad · [up-sample ·] [LeakyReLU · BN ·] x."""
-    b_mean = 0.0
-    b_factor = 1.0
-    b_beta = 0.0
-    if AFFINE:
-        b_mean = tl.load(p_affine, mask=m_channel, other=0.0)
-        b_factor = tl.load(p_affine + affine_stride, mask=m_channel, other=0.0)
-        b_beta = tl.load(p_affine + 2 * affine_stride, mask=m_channel, other=0.0)
-    b_value = _load_large(
-        p_image, m_image, o_y, o_x, b_mean, b_factor, b_beta, slope, height, width, MODE, UPSAMPLE, AFFINE
-    )
+    """Values of [2×2 mean ·] pad · [up-sample ·] [load ·] x; of loads see `sparse_gen.ops.norm_load`."""
+    b_load = (1.0, 0.0, 1.0, 1.0, 0.0)
+    if LOAD:
+        b_load = (
+            tl.load(p_load, mask=m_channel, other=0.0),
+            tl.load(p_load + 1, mask=m_channel, other=0.0),
+            tl.load(p_load + 2, mask=m_channel, other=0.0),
+            tl.load(p_load + 3, mask=m_channel, other=0.0),
+            tl.load(p_load + 4, mask=m_channel, other=0.0),
+        )
+    b_value = _load_large(p_image, m_image, o_y, o_x, b_load, height, width, MODE, UPSAMPLE, LOAD)
     if BOX:
-        b_value += _load_large(
-            p_image, m_image, o_y, o_x + 1, b_mean, b_factor, b_beta, slope, height, width, MODE, UPSAMPLE, AFFINE
-        )
-        b_value += _load_large(
-            p_image, m_image, o_y + 1, o_x, b_mean, b_factor, b_beta, slope, height, width, MODE, UPSAMPLE, AFFINE
-        )
-        b_value += _load_large(
-            p_image, m_image, o_y + 1, o_x + 1, b_mean, b_factor, b_beta, slope, height, width, MODE, UPSAMPLE, AFFINE
-        )
+        b_value += _load_large(p_image, m_image, o_y, o_x + 1, b_load, height, width, MODE, UPSAMPLE, LOAD)
+        b_value += _load_large(p_image, m_image, o_y + 1, o_x, b_load, height, width, MODE, UPSAMPLE, LOAD)
+        b_value += _load_large(p_image, m_image, o_y + 1, o_x + 1, b_load, height, width, MODE, UPSAMPLE, LOAD)
         b_value *= 0.25
     return b_value
 

@@ -22,10 +22,9 @@ def _forward_kernel(
     p_x,  # pointer to x, shape (E, channels, height, width)
     p_weight,  # pointer to weights, shape (E, out_channels, channels, KERNEL_H, KERNEL_W)
     p_bias,  # pointer to biases, shape (E, out_channels); not read unless BIAS
-    p_affine,  # pointer to mean, gamma * rstd and beta, shape (3, E, channels); not read unless AFFINE
+    p_load,  # pointer to loads, shape (E, channels, 5); not read unless LOAD
     p_out,  # pointer to output, shape (splits, E, out_channels, out_h * out_w)
     p_moments,  # pointer to output, shape (E, out_channels, pixel blocks, 2); not written unless MOMENTS
-    slope,
     experiments,
     channels,
     height,
@@ -41,7 +40,7 @@ def _forward_kernel(
     MODE: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     BOX: tl.constexpr,
-    AFFINE: tl.constexpr,
+    LOAD: tl.constexpr,
     BIAS: tl.constexpr,
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -62,7 +61,7 @@ def _forward_kernel(
     m_out = o_out < out_channels
     p_x += i_experiment * channels * height * width
     p_weight += i_experiment * out_channels * channels * TAPS
-    p_affine += i_experiment * channels
+    p_load += 5 * i_experiment * channels
     last = tl.minimum((i_split + 1) * iterations, tl.cdiv(channels, BLOCK_K) * TAPS)
 
     b_out = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -75,16 +74,14 @@ def _forward_kernel(
             m_pixel[:, None] & m_channel[None, :],
             (o_y + i_tap // KERNEL_W)[:, None],
             (o_x + i_tap % KERNEL_W)[:, None],
-            p_affine + o_channel[None, :],
+            p_load + 5 * o_channel[None, :],
             m_channel[None, :],
-            experiments * channels,
-            slope,
             height,
             width,
             MODE,
             UPSAMPLE,
             BOX,
-            AFFINE,
+            LOAD,
         )
         b_weight = tl.load(
             p_weight + (o_out[None, :] * channels + o_channel[:, None]) * TAPS + i_tap,
@@ -104,7 +101,7 @@ def _forward_kernel(
     tl.store(p_out + o_out[None, :] * pixels + o_pixel[:, None], b_out, mask=m_pixel[:, None] & m_out[None, :])
 
 
-def convolve(x, weight, bias, geometry: Geometry, *, affine=None, slope=1.0, moments=False, precision="tf32"):
+def convolve(x, weight, bias, geometry: Geometry, *, load=None, moments=False, precision="tf32"):
     """Convolve with everything that can be done on load and on store.
 
     Args:
@@ -112,8 +109,7 @@ def convolve(x, weight, bias, geometry: Geometry, *, affine=None, slope=1.0, mom
         weight: (E, out, channels, kernel_h, kernel_w).
         bias: (E, out), or None.
         geometry: padding, resampling and stride.
-        affine: (3, E, channels), mean, gamma / √(variance + eps) and beta of the BN that x goes through first, or None.
-        slope: of the LeakyReLU behind that BN.
+        load: (E, channels, 5), see `sparse_gen.ops.norm_load`, through which x is read, or None.
         moments: whether mean and sum of squared deviations of the output's blocks are wanted as well.
         precision: "ieee", "tf32" or "bf16".
 
@@ -130,9 +126,9 @@ def convolve(x, weight, bias, geometry: Geometry, *, affine=None, slope=1.0, mom
     parts = x.new_empty(splits, experiments, out_channels, height * width)
     whole = splits == 1
     _forward_kernel[(*grid, experiments * splits)](
-        x, weight, x if bias is None else bias, x if affine is None else affine, parts, pairs if moments else x,
-        slope, experiments, channels, *x.shape[2:], out_channels, height, width, iterations, **geometry.constants(),
-        AFFINE=affine is not None, BIAS=whole and bias is not None, MOMENTS=whole and moments,
+        x, weight, x if bias is None else bias, x if load is None else load, parts, pairs if moments else x,
+        experiments, channels, *x.shape[2:], out_channels, height, width, iterations, **geometry.constants(),
+        LOAD=load is not None, BIAS=whole and bias is not None, MOMENTS=whole and moments,
         PRECISION=precision, **blocks,
     )  # fmt: skip
     out = parts[0] if whole else add_splits(parts, bias, pairs, blocks["BLOCK_P"] if moments else 1024)
@@ -145,14 +141,14 @@ def moments_span(geometry: Geometry, x: torch.Tensor, weight: torch.Tensor, prec
     return tile(height * width, weight.shape[1], weight.shape[2], precision, geometry.gathers)["BLOCK_P"]
 
 
-def masked_conv2d(x, weight, bias, stride, padding, mode, upsample, pool, _layout):
+def masked_conv2d_loaded(x, weight, bias, stride, padding, mode, upsample, pool, load):
     geometry = Geometry.of(weight.shape[3:], stride, padding, mode, upsample, pool)
-    out, _ = convolve(x, weight, bias, geometry, precision=precision_of_torch())
+    out, _ = convolve(x, weight, bias, geometry, load=load, precision=precision_of_torch())
     return F.avg_pool2d(out, 2) if pool and not geometry.box else out
 
 
-def masked_conv2d_backward(
-    grad_out, x, weight, stride, padding, mode, upsample, pool, _layout, needs_grad_x, needs_grad_weight
+def masked_conv2d_loaded_backward(
+    grad_out, x, weight, stride, padding, mode, upsample, pool, load, needs_grad_x, needs_grad_weight
 ):
     geometry = Geometry.of(weight.shape[3:], stride, padding, mode, upsample, pool)
     if pool and not geometry.box:
@@ -163,5 +159,16 @@ def masked_conv2d_backward(
     precision, empty = precision_of_torch(), x.new_empty(0)
     return (
         input_gradient(grad_out, weight, geometry, x.shape, precision) if needs_grad_x else empty,
-        weight_gradient(grad_out, x, geometry, precision=precision) if needs_grad_weight else empty,
+        weight_gradient(grad_out, x, geometry, load=load, precision=precision) if needs_grad_weight else empty,
     )
+
+
+def masked_conv2d(x, weight, bias, stride, padding, mode, upsample, pool, _layout):
+    return masked_conv2d_loaded(x, weight, bias, stride, padding, mode, upsample, pool, None)
+
+
+def masked_conv2d_backward(
+    grad_out, x, weight, stride, padding, mode, upsample, pool, _layout, needs_grad_x, needs_grad_weight
+):
+    geometry = (stride, padding, mode, upsample, pool)
+    return masked_conv2d_loaded_backward(grad_out, x, weight, *geometry, None, needs_grad_x, needs_grad_weight)

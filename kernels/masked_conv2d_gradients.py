@@ -137,9 +137,8 @@ def _fold_kernel(
 def _weight_gradient_kernel(
     p_grad_out,  # pointer to the output's gradient, shape (E, out_channels, out_h * out_w)
     p_x,  # pointer to x, shape (E, channels, height, width)
-    p_affine,  # pointer to mean, gamma * rstd and beta, shape (3, E, channels); not read unless AFFINE
+    p_load,  # pointer to loads, shape (E, channels, 5); not read unless LOAD
     p_grad_weight,  # pointer to output, shape (splits, E, out_channels, channels, KERNEL_H * KERNEL_W)
-    slope,
     experiments,
     channels,
     height,
@@ -155,7 +154,7 @@ def _weight_gradient_kernel(
     MODE: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     BOX: tl.constexpr,
-    AFFINE: tl.constexpr,
+    LOAD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,  # channels: the rows of the product
     BLOCK_N: tl.constexpr,  # output channels
@@ -172,7 +171,7 @@ def _weight_gradient_kernel(
     pixels = out_h * out_w
     p_grad_out += i_experiment * out_channels * pixels
     p_x += i_experiment * channels * height * width
-    p_affine += i_experiment * channels
+    p_load += 5 * i_experiment * channels
     last = tl.minimum((i_split + 1) * iterations, tl.cdiv(pixels, BLOCK_K))
 
     b_sum = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -184,16 +183,14 @@ def _weight_gradient_kernel(
             m_channel[:, None] & m_pixel[None, :],
             (o_pixel // out_w * STRIDE - PADDING + i_tap // KERNEL_W)[None, :],
             (o_pixel % out_w * STRIDE - PADDING + i_tap % KERNEL_W)[None, :],
-            p_affine + o_channel[:, None],
+            p_load + 5 * o_channel[:, None],
             m_channel[:, None],
-            experiments * channels,
-            slope,
             height,
             width,
             MODE,
             UPSAMPLE,
             BOX,
-            AFFINE,
+            LOAD,
         )
         b_grad = tl.load(
             p_grad_out + o_out[None, :] * pixels + o_pixel[:, None], mask=m_pixel[:, None] & m_out[None, :], other=0.0
@@ -292,8 +289,8 @@ def fold(plane, geometry: Geometry, shape):
     return grad_x
 
 
-def weight_gradient(grad_out, x, geometry: Geometry, *, affine=None, slope=1.0, precision="tf32"):
-    """Gradient by the weight; x, affine and slope are the forward's."""
+def weight_gradient(grad_out, x, geometry: Geometry, *, load=None, precision="tf32"):
+    """Gradient by the weight; x and load are the forward's."""
     experiments, out_channels = grad_out.shape[:2]
     channels, (height, width) = x.shape[1], grad_out.shape[2:]
     taps = geometry.kernel_h * geometry.kernel_w
@@ -303,8 +300,8 @@ def weight_gradient(grad_out, x, geometry: Geometry, *, affine=None, slope=1.0, 
     splits, iterations = split(grid[0] * grid[1], triton.cdiv(height * width, blocks["BLOCK_K"]))
     parts = x.new_empty(splits, experiments, out_channels, channels * taps)
     _weight_gradient_kernel[(*grid, experiments * splits)](
-        grad_out, x, x if affine is None else affine, parts, slope, experiments, channels, *x.shape[2:],
-        out_channels, height, width, iterations, **geometry.constants(), AFFINE=affine is not None,
+        grad_out, x, x if load is None else load, parts, experiments, channels, *x.shape[2:],
+        out_channels, height, width, iterations, **geometry.constants(), LOAD=load is not None,
         PRECISION=precision, **blocks,
     )  # fmt: skip
     grad_weight = parts[0] if splits == 1 else add_splits(parts)

@@ -40,21 +40,26 @@ def _join_kernel(
     p_moments,  # pointer to the splits' moments, shape (rows, splits, 2)
     p_gamma,  # pointer to gamma, shape (rows,)
     p_beta,  # pointer to beta, shape (rows,)
-    p_affine,  # pointer to output, mean, gamma * rstd and beta, shape (3, rows)
+    p_load,  # pointer to output, what readers apply, shape (rows, 5)
+    p_mean,  # pointer to output, shape (rows,)
     p_rstd,  # pointer to output, shape (rows,)
     eps,
+    slope,
     numel,
     splits,
     SPAN: tl.constexpr,  # values to a split
     SPLITS: tl.constexpr,  # a power of two from splits on
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0)
     mean, squares = _join_moments(p_moments + 2 * i_row * splits, numel, SPAN, SPLITS)
     rstd = 1 / tl.sqrt(squares / numel + eps)
-    tl.store(p_affine + i_row, mean)
-    tl.store(p_affine + rows + i_row, tl.load(p_gamma + i_row) * rstd)
-    tl.store(p_affine + 2 * rows + i_row, tl.load(p_beta + i_row))
+    factor = tl.load(p_gamma + i_row) * rstd
+    tl.store(p_load + 5 * i_row, factor)
+    tl.store(p_load + 5 * i_row + 1, tl.load(p_beta + i_row) - mean * factor)
+    tl.store(p_load + 5 * i_row + 2, slope)
+    tl.store(p_load + 5 * i_row + 3, 1.0)
+    tl.store(p_load + 5 * i_row + 4, 0.0)
+    tl.store(p_mean + i_row, mean)
     tl.store(p_rstd + i_row, rstd)
 
 
@@ -275,7 +280,7 @@ def norm_act_backward(grad_y, x, gamma, beta, mean, rstd, slope):
     return grad_x, grad_gamma, grad_beta
 
 
-def affine_of_moments(moments, numel, span, gamma, beta, eps):
+def load_of_moments(moments, numel, span, gamma, beta, eps, slope):
     """The normalisation that the next convolution applies on load, from the moments that the last one left.
 
     Args:
@@ -284,16 +289,18 @@ def affine_of_moments(moments, numel, span, gamma, beta, eps):
         span: values of a split; the last one has what is left.
         gamma, beta: (E, C).
         eps: added to the variance.
+        slope: of the LeakyReLU behind it.
 
     Returns:
-        (3, E, C), mean, gamma · rstd and beta; and rstd, (E, C).
+        The load, (E, C, 5), and mean and rstd, (E, C).
     """
-    affine, rstd = gamma.new_empty(3, *gamma.shape), torch.empty_like(gamma)
+    load, mean, rstd = gamma.new_empty(*gamma.shape, 5), torch.empty_like(gamma), torch.empty_like(gamma)
     splits = moments.shape[2]
     _join_kernel[(gamma.numel(),)](
-        moments, gamma, beta, affine, rstd, eps, numel, splits, SPAN=span, SPLITS=triton.next_power_of_2(splits)
-    )
-    return affine, rstd
+        moments, gamma, beta, load, mean, rstd, eps, slope, numel, splits,
+        SPAN=span, SPLITS=triton.next_power_of_2(splits),
+    )  # fmt: skip
+    return load, mean, rstd
 
 
 def _warps(block: int) -> int:

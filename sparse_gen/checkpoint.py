@@ -103,6 +103,10 @@ class Checkpoints:
             return step, tensors, history
         return None
 
+    def due(self, *, last: bool = False) -> bool:
+        """Whether `store` would write now: it is time to, the run ends (`last`) or was asked to."""
+        return last or self._stop.requested or time.monotonic() - self._saved_at >= self.seconds
+
     def store(
         self,
         name: str,
@@ -129,8 +133,7 @@ class Checkpoints:
             RunInterrupted: after writing, if `request_stop` was called and the run is not complete.
             OSError: the folder cannot be written; the checkpoints before stay.
         """
-        due = due or last or self._stop.requested or time.monotonic() - self._saved_at >= self.seconds
-        if not due:
+        if not (due or self.due(last=last)):
             return
         # Not made again: its disk may have been unmounted, and what is there now would be another one.
         if not self.folder.is_dir():

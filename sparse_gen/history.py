@@ -38,6 +38,12 @@ class History:
         for name, value in values.items():
             self._columns.setdefault(name, []).append(value.detach())
 
+    def cut(self, step: int) -> None:
+        """Forget what was recorded at this step and later."""
+        rows = sum(recorded < step for recorded in self.step)
+        self.step = self.step[:rows]
+        self._columns = {name: values[:rows] for name, values in self._columns.items()}
+
     @property
     def columns(self) -> tuple[str, ...]:
         return tuple(self._columns)
@@ -53,7 +59,10 @@ class History:
         """
         if name not in self._columns:
             raise KeyError(f"expected a column out of {', '.join(self._columns) or 'none'}, got {name!r}")
-        return torch.stack([value.cpu() for value in self._columns[name]])
+        values = self._columns[name]
+        if len({value.device for value in values}) == 1:
+            return torch.stack(values).cpu()  # one wait instead of one a row
+        return torch.stack([value.cpu() for value in values])  # rows of a checkpoint and newer ones
 
     def last(self) -> dict[str, float]:
         """The newest row, averaged over experiments; columns that hold more than one number each are left out."""

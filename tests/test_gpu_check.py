@@ -49,7 +49,9 @@ def test_one_part_alone(monkeypatch, script, tmp_path):
 def test_a_part_that_fails_or_takes_too_long_fails_the_check(monkeypatch, script, tmp_path):
     monkeypatch.setattr(script, "PARTS", {"tests": 1, "build": 60})
     monkeypatch.setattr(
-        script, "check_tests", lambda *a: script._run([sys.executable, "-c", "import time; time.sleep(9)"], a[3], a[4])
+        script,
+        "check_tests",
+        lambda *a, only: script._run([sys.executable, "-c", "import time; time.sleep(9)"], a[3], a[4]),
     )
     monkeypatch.setattr(
         script, "check_build", lambda *a: script._run([sys.executable, "-c", "raise SystemExit(3)"], a[3], a[4])
@@ -70,6 +72,48 @@ def test_a_picture_that_is_no_better_fails(monkeypatch, script, tmp_path):
     assert run(monkeypatch, script, tmp_path, "--device", "cpu", "restore") == 1
     reason = json.loads((tmp_path / "summary.json").read_text())["parts"]["restore"]["reason"]
     assert reason == "seed 0 ends 3.50 dB above the noisy picture, expected 4 dB or more"
+
+
+def test_a_benchmark_that_takes_too_long_is_told_and_one_that_is_wrong_fails(monkeypatch, script, tmp_path):
+    """What was measured in time counts; a wrong number does not wait for the rest."""
+    called = []
+
+    def suite(command, _log, _seconds):
+        called.append(command)
+        name = next(part for part in command if part.startswith("bench/"))
+        return reasons.get(name.removeprefix("bench/bench_").removesuffix(".py"))
+
+    monkeypatch.setattr(script, "_run", suite)
+    reasons = {"end_to_end": "took more than 3 s, see log", "norm_act": "exit status 5, see log"}
+    arguments = (tmp_path, "--device", "cpu", "bench", "--only", "256")
+    assert run(monkeypatch, script, *arguments) == 0
+    part = json.loads((tmp_path / "summary.json").read_text())["parts"]["bench"]
+    assert part["passed"] and part["cut_off"] == "not finished in the time there was: end_to_end"
+    assert len(called) == len(script.SUITES)
+    assert all(command[-2:] == ["-k", "256"] for command in called)
+    reasons["masked_adam"] = "exit status 1, see log"
+    assert run(monkeypatch, script, *arguments) == 1
+    part = json.loads((tmp_path / "summary.json").read_text())["parts"]["bench"]
+    assert part["reason"] == "masked_adam: exit status 1, see log"
+
+
+def test_every_suite_that_has_a_place_on_a_gpu_is_in_the_check(script):
+    files = {path.stem.removeprefix("bench_") for path in (SCRIPT.parent.parent / "bench").glob("bench_*.py")}
+    assert set(script.SUITES) == files - {"import"}
+
+
+def test_what_takes_too_long_may_write_what_it_has(script, tmp_path):
+    """As pytest does upon Ctrl-C."""
+    code = f"""
+import time
+try:
+    print(1, flush=True), time.sleep(60)
+except KeyboardInterrupt:
+    open({str(tmp_path / "kept")!r}, "w").write("figures")
+"""
+    with open(tmp_path / "log", "w") as log:
+        assert script._run([sys.executable, "-c", code], log, 2).startswith("took more than 2 s")
+    assert (tmp_path / "kept").read_text() == "figures"
 
 
 def test_an_unknown_part(monkeypatch, script, tmp_path, capsys):

@@ -6,10 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from sparse_gen.ops.extension import status
 from sparse_gen.ops.masked_conv2d import masked_conv2d
 from sparse_gen.ops.masked_conv2d_layouts import LAYOUTS, UPSAMPLE, pooled_means, why_not
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
+# Of these, a machine may have none.
+SPLIT = ("split", "split taps")
+needs_amx = pytest.mark.skipif(status().instruction_set != "amx", reason="this machine or this build has no AMX tiles")
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
 
 
@@ -96,6 +100,65 @@ def test_tiles_in_bands(instruction_set, shape, size, pool):
     assert_equal(shape, size, pool=pool, layout="tiles", experiments=1)
 
 
+# Channels below a tile, of one tile, of several, odd and even; bands, groups of channels, and both at once.
+@needs_amx
+@pytest.mark.parametrize("shape", [(7, 3, 3, 3), (16, 16, 5, 5), (40, 70, 3, 3), (33, 20, 1, 1), (5, 37, 2, 2)])
+@pytest.mark.parametrize("size", [(8, 9), (23, 10), (66, 130)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_split(shape, size, stride, pool, mode):
+    layout = "direct" if stride == 2 and pool else "split"
+    assert_equal(shape, size, layout=layout, stride=stride, pool=pool, mode=mode)
+
+
+@needs_amx
+@pytest.mark.parametrize("shape", [(130, 37, 3, 3), (30, 20, 5, 3), (128, 128, 5, 5)])
+@pytest.mark.parametrize("size", [(150, 31), (13, 700), (6, 5)])
+@pytest.mark.parametrize("pool", [False, True])
+def test_split_in_bands(shape, size, pool):
+    assert_equal(shape, size, pool=pool, layout="split", experiments=1)
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    "shape", [(7, 3, 3, 3), (16, 16, 5, 5), (40, 70, 3, 3), (33, 20, 1, 1), (3, 4, 7, 7), (2, 3, 11, 11)]
+)
+@pytest.mark.parametrize("size", [(4, 3), (9, 23), (66, 130), (13, 700)])
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
+def test_split_taps(shape, size, mode, upsample):
+    assert_equal(shape, size, layout="split taps", mode=mode, upsample=upsample)
+
+
+@needs_amx
+@pytest.mark.parametrize("layout", SPLIT)
+def test_split_is_as_exact_as_float32_where_sizes_differ_by_much(layout):
+    upsample = "nearest" if layout == "split taps" else None
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 40, 30, 30, generator=generator), torch.randn(1, 24, 40, 3, 3, generator=generator)
+    # Every channel of its own size, from 1e-8 to 1e8, the weights against it: all contribute alike.
+    scale = torch.logspace(-8, 8, 40)
+    x, weight = x * scale[:, None, None], weight / scale[:, None, None]
+    steps = {"stride": 1, "padding": 1, "padding_mode": "zeros", "upsample": upsample, "pool": False}
+    expected = dense(x.double(), weight.double(), [None], **steps)
+
+    def error(layout):
+        return (masked_conv2d(x, weight, **steps, layout=layout).double() - expected).norm() / expected.norm()
+
+    assert error(layout) <= 2 * error("direct")
+
+
+def test_split_says_what_it_needs(monkeypatch):
+    monkeypatch.setenv("SPARSE_GEN_ISA", "baseline")
+    for layout in SPLIT:
+        with pytest.raises(ValueError, match="AMX"):
+            masked_conv2d(
+                torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3), padding=1, layout=layout,
+                upsample="nearest" if layout == "split taps" else None,
+            )  # fmt: skip
+
+
 @pytest.mark.parametrize("layout", ["direct", "gemm"])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -156,9 +219,9 @@ def test_means_of_pooled_convolution():
     torch.testing.assert_close(folded, masked_conv2d(x, weight, padding=1, padding_mode="reflect", pool=True))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[needs_amx] * (name in SPLIT)) for name in LAYOUTS])
 def test_only_the_gradients_that_are_needed_are_computed(layout):
-    scale = {"padding": 1, "layout": layout, "upsample": None if layout == "tiles" else "nearest"}
+    scale = {"padding": 1, "layout": layout, "upsample": None if layout in ("tiles", "split") else "nearest"}
     for size in (8, 60):
         x, weight = torch.rand(1, 2, size, size), torch.rand(2, 2, 3, 3, requires_grad=True)
         masked_conv2d(x, weight, **scale).sum().backward()
@@ -176,10 +239,21 @@ def test_only_the_gradients_that_are_needed_are_computed(layout):
 @pytest.mark.parametrize("size", [(20, 21), (70, 71), (140, 33)])
 @pytest.mark.parametrize("layout", ["taps", "tiles"])
 def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set, size, layout):
+    assert_the_same_bits(size, layout)
+
+
+@needs_amx
+@pytest.mark.parametrize("size", [(20, 21), (70, 71), (140, 33)])
+@pytest.mark.parametrize("layout", SPLIT)
+def test_the_same_bits_from_tiles(size, layout):
+    assert_the_same_bits(size, layout)
+
+
+def assert_the_same_bits(size, layout):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 8, *size, generator=generator).requires_grad_()
     weight = torch.randn(2, 33, 8, 3, 3, generator=generator).requires_grad_()
-    upsample = "nearest" if layout == "taps" else None
+    upsample = "nearest" if "taps" in layout else None
     scale = {"padding": 1, "padding_mode": "reflect", "upsample": upsample, "layout": layout}
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3):

@@ -5,6 +5,8 @@ import torch
 from ahead_of_time import assert_tensor_cores, compile_for_sm_90
 from torch.nn import functional as F
 
+from sparse_gen.ops.norm_load import apply_load_reference
+
 # DESIGN's norm-wise errors against float64. The interpreter multiplies "tf32" in float32, a GPU does not.
 TOLERANCE = {"ieee": 5e-6, "tf32": 2e-3, "bf16": 2e-2}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,8 +164,8 @@ def test_batch_norm_between_two_convolutions(kernel, monkeypatch, arguments, spl
     middle, moments = kernel.convolve(x, first, bias, before, moments=True, precision="ieee")
     span = kernel.moments_span(before, x, first, "ieee")
     assert moments.shape[2] == 2  # 66 pixels: one full block and a shorter one
-    affine, rstd = norm_act.affine_of_moments(moments, 66, span, gamma, beta, 1e-5)
-    out, _ = kernel.convolve(middle, second, None, geometry, affine=affine, slope=0.2, precision="ieee")
+    load, mean, rstd = norm_act.load_of_moments(moments, 66, span, gamma, beta, 1e-5, 0.2)
+    out, _ = kernel.convolve(middle, second, None, geometry, load=load, precision="ieee")
 
     x, first, bias, gamma64, beta64, second64 = leaves = [t.double().requires_grad_() for t in tensors]
     middle64 = dense(x, first, bias, 1, 1, 1, 0, False)
@@ -178,11 +180,31 @@ def test_batch_norm_between_two_convolutions(kernel, monkeypatch, arguments, spl
     gradient = normal(*want.shape, seed=7)
     expected = torch.autograd.grad(want, [middle64, *leaves[3:]], gradient.double())
     gradient = gradient.to(DEVICE)
-    grad_second = kernel.weight_gradient(gradient, middle, geometry, affine=affine, slope=0.2, precision="ieee")
+    grad_second = kernel.weight_gradient(gradient, middle, geometry, load=load, precision="ieee")
     grad_activated = kernel.input_gradient(gradient, second, geometry, middle.shape, "ieee")
-    mean = affine[0].contiguous()
     behind = norm_act.norm_act_backward(grad_activated, middle, gamma, beta, mean, rstd, 0.2)
     for g, w in zip([*behind, grad_second], expected, strict=True):
+        assert_close(g, w)
+
+
+# Five numbers a channel, in front of padding and resampling, forward and in the weight's gradient.
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "arguments",
+    [(1, 1, 0, 0, False), (2, 1, 1, 0, False), (1, 1, 2, 1, False), (1, 1, 0, 2, False), (1, 1, 0, 0, True)],
+)
+def test_an_image_read_through_a_load(kernel, monkeypatch, arguments):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    tensors = normal(2, 5, 7, 6), normal(2, 4, 5, 3, 3, seed=2), normal(2, 4, seed=3)
+    load = normal(2, 5, 5, seed=4)
+    seen = apply_load_reference(tensors[0].double(), load.double()).requires_grad_()
+    weight64 = tensors[1].double().requires_grad_()
+    want = dense(seen, weight64, tensors[2].double(), *arguments)
+    gradient = normal(*want.shape, seed=5)
+    x, weight, bias, load, there = (t.to(DEVICE) for t in (*tensors, load, gradient))
+    assert_close(kernel.masked_conv2d_loaded(x, weight, bias, *arguments, load), want)
+    got = kernel.masked_conv2d_loaded_backward(there, x, weight, *arguments, load, True, True)
+    for g, w in zip(got, torch.autograd.grad(want, [seen, weight64], gradient.double()), strict=True):
         assert_close(g, w)
 
 
@@ -223,8 +245,8 @@ SHARED = 113 << 10
 def test_forward_compiles_for_sm_90(kernel, precision, upsample, pool):
     splits = pytest.importorskip("sparse_gen.kernels.splits")
     geometry = kernel.Geometry.of((3, 3), 1, 1, 1, upsample, pool)
-    constants = {"AFFINE": True, "BIAS": True, "MOMENTS": True}
-    code = machine_code(splits, "masked_conv2d", "_forward_kernel", constants, precision, geometry, slope="fp32")
+    constants = {"LOAD": True, "BIAS": True, "MOMENTS": True}
+    code = machine_code(splits, "masked_conv2d", "_forward_kernel", constants, precision, geometry)
     code.assert_within(shared=SHARED, registers=240)
     assert_tensor_cores(code, precision)
 
@@ -245,8 +267,7 @@ def test_weight_gradient_compiles_for_sm_90(kernel, precision, upsample, pool):
     splits = pytest.importorskip("sparse_gen.kernels.splits")
     geometry = kernel.Geometry.of((3, 3), 1, 1, 1, upsample, pool)
     code = machine_code(
-        splits, "masked_conv2d_gradients", "_weight_gradient_kernel", {"AFFINE": True}, precision, geometry, rows=64,
-        slope="fp32",
+        splits, "masked_conv2d_gradients", "_weight_gradient_kernel", {"LOAD": True}, precision, geometry, rows=64
     )  # fmt: skip
     code.assert_within(shared=SHARED, registers=224)
     assert_tensor_cores(code, precision)

@@ -261,9 +261,11 @@ class Fake(Worker):
 
     def results(self, key, plain):
         mark = Path("MARKS") / f"{key}-{time.time_ns()}"
-        mark.write_text(plain["method"])
+        mark.write_text(plain[0]["method"])
         before = len(list(Path("MARKS").glob(f"{key}-*"))) - 1
-        method = plain["method"]
+        method = plain[0]["method"]
+        if method == "one by one" and len(plain) > 1:
+            raise FloatingPointError("one of them")
         if method == "full":
             raise OSError(28, "No space left on device", "the shard")
         if method == "hopeless":
@@ -282,7 +284,7 @@ class Fake(Worker):
                 if self._stopping:
                     raise module.RunInterrupted
                 time.sleep(0.01)
-        return {"seconds": 2.0, "psnr_last": 20.0 + plain["config"]["seed"]}
+        return [{"seconds": 2.0, "psnr_last": 20.0 + one["config"]["seed"]} for one in plain]
 
 main(sys.argv[1:], Fake)
 """
@@ -329,6 +331,14 @@ def test_a_crash_is_tried_again_and_a_hopeless_case_recorded_without_holding_up_
     assert (again.done, again.failed) == (3, 4)
     assert {reason for _, reason in again.reasons} >= {"KeyError: 'a bug' (1 attempt)"}
     assert len(list(faked.marks.iterdir())) == len(attempts) + 4
+
+
+def test_a_group_that_fails_is_tried_one_by_one(faked):
+    status = faked("one by one", "fine", seeds=(0, 1, 2), together=2)
+    assert (status.done, status.failed, status.left) == (6, 0, 0)
+    # Groups of two and one of each method; those of two that failed, once more each.
+    assert sorted(mark.read_text() for mark in faked.marks.iterdir()) == 2 * ["fine"] + 4 * ["one by one"]
+    assert {row["status"] for row in read_rows(faked.out / "results").values()} == {"done"}
 
 
 def test_more_seeds_or_methods_do_only_what_is_new(faked):

@@ -9,6 +9,7 @@
   namespace avx512 { __VA_ARGS__ }
 #define SPARSE_GEN_DISPATCH(kernel, ...)           \
   switch (::sparse_gen::instruction_set()) {       \
+    case ::sparse_gen::InstructionSet::amx:        \
     case ::sparse_gen::InstructionSet::avx512:     \
       ::sparse_gen::avx512::kernel(__VA_ARGS__);   \
       break;                                       \
@@ -26,7 +27,7 @@
 
 namespace sparse_gen {
 
-enum class InstructionSet { baseline = 0, avx2 = 1, avx512 = 2 };
+enum class InstructionSet { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 // The best set this machine has, or the one named by the environment variable SPARSE_GEN_ISA if it has that.
 InstructionSet instruction_set();

@@ -57,6 +57,9 @@ def run(
     workers: Annotated[
         int | None, typer.Option(help="Processes. Default: as many as there are processors for.", show_default=False)
     ] = None,
+    together: Annotated[
+        int, typer.Option(help="Like experiments that run at the same time, to fill a GPU.", metavar="NUMBER")
+    ] = 1,
     retries: Annotated[int, typer.Option(help="Times that a crashed experiment is tried again.")] = 2,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try those again that failed before.")] = False,
     engine: Annotated[
@@ -87,6 +90,7 @@ def run(
                     todo,
                     output,
                     workers=workers,
+                    together=together,
                     retries=retries,
                     retry_failed=retry_failed,
                     checkpoint_seconds=checkpoint_seconds,

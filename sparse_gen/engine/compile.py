@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparse_gen.engine.checks import check_input
+from sparse_gen.engine.count import Count, count_step
 from sparse_gen.engine.functional import run_experiments, training_copy
 from sparse_gen.engine.graph import Graph
 from sparse_gen.engine.layout import ParameterLayout
@@ -25,6 +26,8 @@ from sparse_gen.engine.replay import Replay, check_replayed
 from sparse_gen.engine.run import NetworkRun
 from sparse_gen.engine.stack import Stack, initial_weights, template
 from sparse_gen.ops.extension import status
+
+DEVICES = ("cpu", "cuda")
 
 
 class CompiledGenerator(nn.Module):
@@ -84,6 +87,16 @@ class CompiledGenerator(nn.Module):
         if not self._sparse_run.takes(z):
             raise ValueError(f"expected z of the size it was compiled for, got {tuple(z.shape)}")
         return profile(self.plan, self._sparse_run.programs[0], self.values.detach()[0], z[:1], rounds)
+
+    def count(self) -> Count:
+        """The kernels that a step of one experiment starts on a GPU, forward and backward, and the bytes they move.
+
+        Raises:
+            ValueError: it runs as plain PyTorch.
+        """
+        if self._sparse_run is None:
+            raise ValueError(f"expected a network that runs in stages to count, got one of which {self.plan.reason}")
+        return count_step(self._sparse_run.programs[0], self.values[0], self._example_input[:1])
 
     def _dense(self) -> dict[str, torch.Tensor]:
         zeros = self.values.new_zeros(self.experiments, self._layout.numel)
@@ -150,8 +163,8 @@ def compile(
         example_input: z of shape (E, C, H, W), which fixes shapes, device and the number of experiments.
         weights: where the kept weights start: "mask" (those stored in it), "net" (the network's). Needed only
             where the two differ.
-        engine: "auto" runs masked convolutions on the sparse operators where those are the faster ones (on the CPU),
-            "reference" everything as plain PyTorch.
+        engine: "auto" runs the network in stages on our operators, on the CPU or an NVIDIA GPU, "reference" everything
+            as plain PyTorch.
         plan: how each convolution runs. "measure" (or None): the fastest of a short measurement, which the machine
             remembers; "rule": by density alone, the same on every machine; a `Plan`, or the path of one that was
             saved: exactly that.
@@ -224,7 +237,11 @@ def build_run(
         plan = Plan.load(plan)
     graph, reason = _captured(engine, network, z)
     views = [layout.views(row.cpu()) for row in keep]
-    facts = {"input_shape": tuple(z.shape[1:]), "dtype": str(z.dtype).removeprefix("torch."), "machine": machine()}
+    facts = {
+        "input_shape": tuple(z.shape[1:]),
+        "dtype": str(z.dtype).removeprefix("torch."),
+        "machine": machine(z.device),
+    }
     if graph is None:
         stages = tuple(reference_stages(network, kept, z) for kept in views)
         made = Plan(stages, f"every stage runs as plain PyTorch on masked weights: {reason}", **facts)
@@ -238,7 +255,7 @@ def build_run(
     if isinstance(plan, Plan):
         check_replayed(plan, made)
         stages = plan.programs  # with the times of the machine that measured them
-    memory_here().save()
+    memory_here(z.device).save()
     timed = tuple(_with_times(s, program, z.dtype) for s, program in zip(stages, programs, strict=True))
     return NetworkRun(programs, z.shape[1:]), dataclasses.replace(made, programs=timed)
 
@@ -247,9 +264,9 @@ def _captured(engine: str, network: nn.Module, z: torch.Tensor) -> tuple[Graph |
     """The network as a graph, or None and why there is none."""
     if engine == "reference":
         return None, "as asked"
-    if z.device.type != "cpu":
-        return None, "the sparse operators have no GPU kernels yet"
-    if not status().available:
+    if z.device.type not in DEVICES:
+        return None, f"the operators run on {' and '.join(DEVICES)}, not on {z.device.type}"
+    if z.device.type == "cpu" and not status().available:
         return None, f"there is no compiled library: {status().reason}"
     try:
         return lower(network, z[:1]), ""

@@ -8,15 +8,31 @@ import torch
 
 from sparse_gen.engine.block_steps import BlockConvStep, block_of
 from sparse_gen.engine.dense_steps import CornersConvStep, MaskedConvStep
+from sparse_gen.engine.fused_step import FusedConvStep
 from sparse_gen.engine.graph import Conv
 from sparse_gen.engine.steps import SparseConvStep, Step, TapConvStep, UpsampledSparseConvStep
 from sparse_gen.ops.convolution import PADDING_MODES
+from sparse_gen.ops.dispatch import has_gpu_kernel
 from sparse_gen.ops.masked_conv2d_layouts import UPSAMPLE, fastest_layout, why_not
 
 # These hold kept weights alone; the others the whole weight, with zeros.
 KEPT_ALONE = ("sparse", "taps", "upsampled sparse", "blocks")
 # Layouts with the whole weight, and what `masked_conv2d` calls them.
-DENSE = {"dense": "direct", "dense tiles": "tiles", "dense taps": "taps", "dense gemm": "gemm"}
+DENSE = {
+    "dense": "direct", "dense tiles": "tiles", "dense taps": "taps", "dense gemm": "gemm", "dense split": "split",
+    "dense split taps": "split taps",
+}  # fmt: skip
+# On a GPU: cuDNN on what is folded around it, and our own kernel, which reads padding and resampling by index.
+DENSE_GPU = {"dense": "direct", "dense phases": "phase", "dense fused": "fused"}
+_WHOLE = DENSE | DENSE_GPU
+# What a layout needs a kernel of on a GPU; PyTorch's convolutions run everywhere.
+_OPERATORS = {
+    "sparse": "sparse_conv2d",
+    "taps": "sparse_upsample_conv2d",
+    "upsampled sparse": "sparse_conv2d",
+    "blocks": "block_sparse_conv2d",
+    "dense fused": "masked_conv2d_loaded",
+}
 # Above this a layer's dense convolution is the faster one.
 DENSEST = 0.5
 
@@ -31,6 +47,7 @@ class ConvStage(NamedTuple):
         size: height and width of the input.
         needs_gradient: whether the input's gradient is asked for; z and what depends on it alone need none.
         biased: whether a bias is added.
+        device: where it runs.
     """
 
     name: str
@@ -39,6 +56,7 @@ class ConvStage(NamedTuple):
     size: tuple[int, int]
     needs_gradient: bool
     biased: bool
+    device: torch.device = torch.device("cpu")
 
 
 def candidates(stage: ConvStage) -> list[str]:
@@ -51,7 +69,17 @@ def candidates(stage: ConvStage) -> list[str]:
     else:
         kept = ["taps", "upsampled sparse"]
     dense = _dense_candidates(stage)
-    return dense + kept if density > DENSEST else kept + dense
+    # Nothing has been measured on a GPU yet; there tensor cores multiply the zeros along.
+    return dense + kept if density > DENSEST or on_gpu(stage.device) else kept + dense
+
+
+def on_gpu(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def has_kernel(layout: str, dtype: torch.dtype) -> bool:
+    """Whether a layout runs on a GPU in something better than a reference."""
+    return layout not in _OPERATORS or (dtype == torch.float32 and has_gpu_kernel(_OPERATORS[layout]))
 
 
 def _dense_candidates(stage: ConvStage) -> list[str]:
@@ -60,20 +88,23 @@ def _dense_candidates(stage: ConvStage) -> list[str]:
         return ["dense"]
     arguments = (conv.stride, conv.padding, PADDING_MODES.index(conv.padding_mode), UPSAMPLE.index(conv.upsample))
     shape = (1, *conv.shape)
+    if on_gpu(stage.device):
+        return [name for name, layout in DENSE_GPU.items() if why_not(layout, shape, *arguments, conv.pool) is None]
     able = [name for name, layout in DENSE.items() if why_not(layout, shape, *arguments, conv.pool) is None]
     first = fastest_layout(stage.size, (1, *stage.mask.shape), *arguments, conv.pool)
     return sorted(able, key=lambda name: DENSE[name] != first)
 
 
-def make_step(layout: str, conv: Conv, mask: torch.Tensor) -> tuple[Step, bool]:
-    """The step of a layout, and whether its weight is given as kept values alone.
+def make_step(layout: str, conv: Conv, mask: torch.Tensor, device: torch.device) -> tuple[Step, bool]:
+    """The step of a layout for a device, and whether its weight is given as kept values alone.
 
     Raises:
         ValueError: there is no such layout.
     """
-    if layout in DENSE:
-        corners = conv.upsample == "bilinear_corners"
-        return CornersConvStep(conv) if corners else MaskedConvStep(conv, DENSE[layout]), False
+    if layout in _WHOLE:
+        if conv.upsample == "bilinear_corners":
+            return CornersConvStep(conv), False
+        return FusedConvStep(conv) if layout == "dense fused" else MaskedConvStep(conv, _WHOLE[layout]), False
     steps = {
         "sparse": SparseConvStep,
         "taps": TapConvStep,
@@ -81,8 +112,8 @@ def make_step(layout: str, conv: Conv, mask: torch.Tensor) -> tuple[Step, bool]:
         "blocks": BlockConvStep,
     }
     if layout not in steps:
-        raise ValueError(f"expected a layout out of {', '.join([*DENSE, *steps])}, got {layout!r}")
-    return steps[layout](conv, mask), True
+        raise ValueError(f"expected a layout out of {', '.join([*_WHOLE, *steps])}, got {layout!r}")
+    return steps[layout](conv, mask.to(device)), True
 
 
 def multiplications(layout: str, conv: Conv, mask: torch.Tensor, positions: int) -> int:
@@ -92,5 +123,7 @@ def multiplications(layout: str, conv: Conv, mask: torch.Tensor, positions: int)
         layout, conv, mask: as for `make_step`.
         positions: pixels of the output, a folded pool behind them.
     """
-    weights = mask.numel() if layout in DENSE else int(mask.sum())
+    weights = mask.numel() if layout in _WHOLE else int(mask.sum())
+    if layout == "dense phases":  # four convolutions with 2×2 summed taps in place of 3×3
+        weights = weights * 4 // 9
     return weights * positions // (4 if "taps" in layout else 1)  # taps run on the image before its up-sampling

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import platform
-import time
 from contextlib import suppress
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 import sparse_gen
-from sparse_gen.engine.layouts import KEPT_ALONE, ConvStage, candidates, make_step
+from sparse_gen.engine.clock import clock
+from sparse_gen.engine.layouts import KEPT_ALONE, ConvStage, candidates, has_kernel, make_step, on_gpu
 from sparse_gen.files import atomic_write
 from sparse_gen.ops.extension import library, status
 
 VERSION = 2
+CPU = torch.device("cpu")
 # A layout replaces the rule's where it is faster by more than what two measurements of one layout differ by.
 _GAIN = 0.95
 # Layouts beyond this multiple of the fastest after their first runs are not run again.
@@ -31,8 +33,10 @@ _ROUNDS, _SECONDS = 5, 0.03  # of a layout at most; a slow one is run once more 
 _LEAST, _MOST = 0.05, 0.75
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device = CPU) -> dict[str, Any]:
     """What the fastest layout depends on beside the stage: plain data."""
+    if device.type == "cuda":
+        return _gpu(device)
     return {
         "processor": _processor(),
         "instruction_set": status().instruction_set,
@@ -42,12 +46,27 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _gpu(device: torch.device) -> dict[str, Any]:
+    versions = {}
+    with suppress(metadata.PackageNotFoundError):
+        versions["triton"] = metadata.version("triton")
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "precision": "tf32" if torch.backends.cudnn.allow_tf32 else "ieee",
+        "cuda": torch.version.cuda,
+        "instruction_set": status().instruction_set,
+        "torch": torch.__version__,
+        "sparse_gen": sparse_gen.__version__,
+        **versions,
+    }
+
+
 def measured_layout(stage: ConvStage, dtype: torch.dtype) -> str:
     """The layout that runs forward and backward the fastest."""
-    layouts = contenders(stage)
+    layouts = contenders(stage, dtype)
     if len(layouts) == 1:
         return layouts[0]
-    memory, key = memory_here(), stage_key(stage, dtype)
+    memory, key = memory_here(stage.device), stage_key(stage, dtype)
     times = memory.get(key)
     if times is None or not set(layouts) <= set(times):
         times = layout_times(stage, layouts, dtype)
@@ -58,13 +77,15 @@ def measured_layout(stage: ConvStage, dtype: torch.dtype) -> str:
 
 def known_time(stage: ConvStage, layout: str, dtype: torch.dtype) -> float | None:
     """Milliseconds, forward and backward, that were measured on this machine; None where they were not."""
-    times = memory_here().get(stage_key(stage, dtype)) or {}
+    times = memory_here(stage.device).get(stage_key(stage, dtype)) or {}
     return times.get(layout)
 
 
-def contenders(stage: ConvStage) -> list[str]:
+def contenders(stage: ConvStage, dtype: torch.dtype) -> list[str]:
     """The candidates that can be the fastest, the rule's choice first."""
     layouts = candidates(stage)
+    if on_gpu(stage.device):
+        return [layout for layout in layouts if layout == layouts[0] or has_kernel(layout, dtype)]
     density = float(stage.mask.double().mean()) if stage.mask.numel() else 0.0
     if density < _LEAST:
         return [layout for layout in layouts if layout in KEPT_ALONE] or layouts
@@ -107,20 +128,22 @@ class _Run:
     """A stage on numbers of its own, in one layout."""
 
     def __init__(self, layout: str, stage: ConvStage, dtype: torch.dtype):
-        self._step, sparse = make_step(layout, stage.conv, stage.mask)
+        self._step, sparse = make_step(layout, stage.conv, stage.mask, stage.device)
+        self._clock = clock(stage.device)
         self._step.constant_input = not stage.needs_gradient
         generator = torch.Generator().manual_seed(0)
         out, into = stage.mask.shape[:2]
         weight = torch.randn(stage.mask.shape, generator=generator, dtype=dtype) * stage.mask
-        self._parameters = [weight[stage.mask] if sparse else weight]
+        self._parameters = [(weight[stage.mask] if sparse else weight).to(stage.device)]
         # A weight that is given whole is first put together from its kept values, and its gradient taken apart.
         self._place = None
         if not sparse and not stage.mask.all():
             places = torch.arange(int(stage.mask.sum()))
             self._place = torch.full(stage.mask.shape, len(places)).masked_scatter(stage.mask, places).flatten()
-            self._kept = stage.mask.flatten().nonzero()[:, 0]
-        self._parameters += [torch.randn(out, generator=generator, dtype=dtype)] * stage.biased
-        self._x = torch.randn(1, into, *stage.size, generator=generator, dtype=dtype)
+            self._place = self._place.to(stage.device)
+            self._kept = stage.mask.flatten().nonzero()[:, 0].to(stage.device)
+        self._parameters += [torch.randn(out, generator=generator, dtype=dtype).to(stage.device)] * stage.biased
+        self._x = torch.randn(1, into, *stage.size, generator=generator, dtype=dtype).to(stage.device)
         self._changes = stage.needs_gradient
         self._gradient: torch.Tensor | None = None
 
@@ -128,19 +151,21 @@ class _Run:
     def time(self) -> float:
         # Only an input that never changes, like z, is the same tensor in every step.
         x = self._x.view_as(self._x) if self._changes else self._x
-        values = torch.zeros(len(self._kept) + 1, dtype=x.dtype) if self._place is not None else None
-        start = time.perf_counter()
+        values = x.new_zeros(len(self._kept) + 1) if self._place is not None else None
+        self._clock.start()
+        start = self._clock.mark()
         if values is not None:
             values.index_select(0, self._place)
         y, kept = self._step.forward([x], self._parameters, True)
-        middle = time.perf_counter()
+        middle = self._clock.mark()
         if self._gradient is None:
             self._gradient = torch.randn_like(y)
-        again = time.perf_counter()
+        again = self._clock.mark()
         _, grads = self._step.backward(self._gradient, kept, self._parameters, [self._changes])
         if values is not None:
             grads[0].flatten().index_select(0, self._kept)
-        return middle - start + time.perf_counter() - again
+        end = self._clock.mark()
+        return self._clock.seconds(start, middle) + self._clock.seconds(again, end)
 
 
 class Memory:
@@ -188,10 +213,10 @@ class Memory:
 _memories: dict[tuple[str, str], Memory] = {}
 
 
-def memory_here() -> Memory:
-    """That of this machine, with the threads and instruction set in use now."""
+def memory_here(device: torch.device = CPU) -> Memory:
+    """That of this machine and device, with the threads and instruction set in use now."""
     # A library that was compiled anew may have other kernels.
-    described = machine() | {"library": _library_version()}
+    described = machine(device) | {"library": _library_version()}
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder()
     key = str(folder), name

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import defaultdict
 from statistics import median
 
 import torch
 
+from sparse_gen.engine.clock import Clock, clock
 from sparse_gen.engine.plan import Other, Plan, kind_of, plain_weight
 from sparse_gen.engine.program import Program
 from sparse_gen.engine.steps import Step
@@ -17,22 +17,27 @@ REST = "parameters, gradients and bookkeeping"
 
 
 class _Timed(Step):
-    """A step that notes how long it takes."""
+    """A step that notes when it begins and ends."""
 
-    def __init__(self, step: Step):
-        self._step, self.seconds = step, 0.0
+    def __init__(self, step: Step, clock: Clock):
+        self._step, self._clock, self._marks = step, clock, []
 
     def forward(self, *arguments):
-        start = time.perf_counter()
-        result = self._step.forward(*arguments)
-        self.seconds += time.perf_counter() - start
-        return result
+        return self._timed(self._step.forward, arguments)
 
     def backward(self, *arguments):
-        start = time.perf_counter()
-        result = self._step.backward(*arguments)
-        self.seconds += time.perf_counter() - start
+        return self._timed(self._step.backward, arguments)
+
+    def _timed(self, call, arguments):
+        start = self._clock.mark()
+        result = call(*arguments)
+        self._marks.append((start, self._clock.mark()))
         return result
+
+    def take_seconds(self) -> float:
+        """Since the last call."""
+        marks, self._marks = self._marks, []
+        return sum(self._clock.seconds(*pair) for pair in marks)
 
 
 @torch.no_grad()
@@ -45,20 +50,23 @@ def profile(plan: Plan, program: Program, values: torch.Tensor, z: torch.Tensor,
         z: (1, C, H, W).
         rounds: steps, of which the median counts.
     """
-    program, timed = program.with_steps(_Timed)
+    ticks = clock(z.device)
+    program, timed = program.with_steps(lambda step: _Timed(step, ticks))
     given = program.prepare(z)
+    for step in timed.values():
+        step.take_seconds()
     samples: dict[int | None, list[float]] = defaultdict(list)
     for _ in range(rounds + 1):
-        for step in timed.values():
-            step.seconds = 0.0
-        start = time.perf_counter()
+        ticks.start()
+        start = ticks.mark()
         tape: list = []
         output = program.forward(values, given, tape)
         program.backward(torch.ones_like(output), values, tape, given, False)
-        total = time.perf_counter() - start
-        for value, step in timed.items():
-            samples[value].append(step.seconds)
-        samples[None].append(total - sum(step.seconds for step in timed.values()))
+        total = ticks.seconds(start, ticks.mark())
+        taken = {value: step.take_seconds() for value, step in timed.items()}
+        for value, seconds in taken.items():
+            samples[value].append(seconds)
+        samples[None].append(total - sum(taken.values()))
     ms = {value: 1e3 * median(seconds[1:]) for value, seconds in samples.items()}
     by_name = {stage.name: ms[value] for value, (stage, _) in program.convolutions.items()}
     kinds: dict[str, float] = defaultdict(float)

@@ -49,7 +49,7 @@ class Program:
     """
 
     def __init__(self, graph: Graph, layout: ParameterLayout, keep: torch.Tensor, choose: Choose):
-        device = keep.device
+        self._device = keep.device
         masks = {name: mask.cpu() for name, mask in layout.views(keep).items()}
         self.compaction: Compaction = compact(graph, masks)
         self.convolutions: dict[int, tuple[ConvStage, str]] = {}
@@ -58,13 +58,15 @@ class Program:
         self._stages: list[_Stage] = []
         place = torch.where(keep, keep.cumsum(0) - 1, -1).cpu()
         self._build(graph, layout.views(place), choose)
-        self._slots.finish(device)
+        self._slots.finish(self._device)
         self._stages = _leave_norms_to_readers(self._stages)
         self._static = self._static_values(graph)
         for stage in self._stages:
             stage.step.constant_input = self._static.issuperset(stage.inputs)
             stage.step.owns_input = self._alone(stage)
         self._last_reader = self._last_readers()
+        self._of_z = self._selection(torch.arange(graph.input_shape[0]), self.compaction.channels[0])
+        self._live_of_z = self.compaction.channels[0].to(self._device)
 
     def _build(self, graph: Graph, places: dict[str, torch.Tensor], choose: Choose) -> None:
         channels = self.compaction.channels
@@ -87,7 +89,7 @@ class Program:
                 stage = self._conv_stage(graph, number, channels[inputs[0]], live)
                 layout = choose(stage)
                 self.convolutions[value] = stage, layout
-                step, sparse = make_step(layout, node.op, stage.mask)
+                step, sparse = make_step(layout, node.op, stage.mask, self._device)
                 self._add_weight(node.op, value, channels[inputs[0]], live, places, stage.mask if sparse else None)
                 wanted = [channels[inputs[0]]]
             elif isinstance(node.op, Norm):
@@ -111,7 +113,7 @@ class Program:
                     self._slots.add(places[name])
                 if node.op.channelwise is None:
                     wanted = [channels[x] for x in inputs]
-            selections = tuple(_positions(channels[x], w) for x, w in zip(inputs, wanted, strict=True))
+            selections = tuple(self._selection(channels[x], w) for x, w in zip(inputs, wanted, strict=True))
             slots = tuple(range(first, self._slots.count))
             norm = node.op if isinstance(node.op, Norm) else None
             self._stages.append(_Stage(step or _Identity(), tuple(inputs), selections, slots, value, norm))
@@ -121,7 +123,11 @@ class Program:
         mask = self.compaction.weights[number + 1][out][:, into]
         biased = conv.bias is not None and bool(self.compaction.biases[number + 1][out].any())
         changes = x not in self._static_values(graph)
-        return ConvStage(graph.names()[number], conv, mask, graph.shape(x)[1:], changes, biased)
+        return ConvStage(graph.names()[number], conv, mask, graph.shape(x)[1:], changes, biased, self._device)
+
+    def _selection(self, there: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
+        """Where the wanted channels stand among those that are there; None for all, in order."""
+        return None if torch.equal(there, wanted) else torch.searchsorted(there, wanted).to(self._device)
 
     def _add_weight(self, conv: Conv, value: int, into, out, places, sparse: torch.Tensor | None):
         """The weight, whole or (with a mask) its kept values alone, and the bias where it matters."""
@@ -158,7 +164,7 @@ class Program:
     @torch.no_grad()
     def prepare(self, z: torch.Tensor, *, alone: bool = False) -> dict[int, torch.Tensor]:
         """z (1, C, H, W) as value 0 and, unless `alone`, the values that depend on nothing else, for `forward`."""
-        values = {0: _taken(z, _positions(torch.arange(z.shape[1]), self.compaction.channels[0]))}
+        values = {0: _taken(z, self._of_z)}
         for stage in [] if alone else self._stages:
             if stage.value in self._static:
                 inputs = [_taken(values[x], s) for x, s in zip(stage.inputs, stage.selections, strict=True)]
@@ -209,10 +215,9 @@ class Program:
                 gradients[x] = gradients[x] + grad if x in gradients else grad
         grad_z = None
         if needs_z:
-            live = self.compaction.channels[0].to(values.device)
             grad_z = values.new_zeros(1, *self.graph.input_shape)
             if 0 in gradients:
-                grad_z.index_copy_(1, live, gradients[0])
+                grad_z.index_copy_(1, self._live_of_z, gradients[0])
         return self._slots.write(parameter_gradients, values), grad_z
 
 
@@ -271,13 +276,6 @@ class _Identity(Step):
 
     def backward(self, gradient, kept, parameters, needs):
         return [gradient], []
-
-
-def _positions(there: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
-    """Where the wanted channels stand among those that are there; None for all, in order."""
-    if torch.equal(there, wanted):
-        return None
-    return torch.searchsorted(there, wanted)
 
 
 def _taken(x: torch.Tensor, selection: torch.Tensor | None) -> torch.Tensor:

@@ -128,9 +128,10 @@ class NormStep(Step):
         self._eps, self._slope = norm.eps, norm.slope
 
     def forward(self, inputs, parameters, trains):
+        x = inputs[0].contiguous()
         gamma, beta = (parameter[None] for parameter in parameters)
-        y, mean, rstd = ops.norm_act(inputs[0].contiguous(), gamma, beta, self._eps, self._slope)
-        return y, (inputs[0], mean, rstd)
+        y, mean, rstd = ops.norm_act(x, gamma, beta, self._eps, self._slope)
+        return y, (x, mean, rstd)
 
     def backward(self, gradient, kept, parameters, needs):
         x, mean, rstd = kept

@@ -44,8 +44,8 @@ def _size(shape: tuple[int, ...]) -> str:
 
 def _machine(plan: Plan) -> str:
     machine = plan.machine
+    versions = f"{plan.dtype}, torch {machine['torch']}, sparse_gen {machine['sparse_gen']}"
+    if "gpu" in machine:
+        return f"{machine['gpu']}, CUDA {machine['cuda']}, {machine['precision']}, {versions}"
     threads = f"{machine['threads']} thread" + ("s" if machine["threads"] > 1 else "")
-    return (
-        f"{machine['processor']}, {threads}, {machine['instruction_set'] or 'no compiled library'}, {plan.dtype}, "
-        f"torch {machine['torch']}, sparse_gen {machine['sparse_gen']}"
-    )
+    return f"{machine['processor']}, {threads}, {machine['instruction_set'] or 'no compiled library'}, {versions}"

@@ -8,6 +8,8 @@ for the weights of an interpolation sum to 1. With M = upᵀ up, which mixes dir
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from sparse_gen.engine.graph import Norm
@@ -50,7 +52,7 @@ class UpsampledNormStep(Step):
 def up_and_back(x: torch.Tensor, kind: str) -> torch.Tensor:
     """upᵀ up of x (E, C, h, w), along one axis after the other."""
     for axis in (2, 3):
-        own, beside = _neighbours(x.shape[axis], kind, x)
+        own, beside = _neighbours(x.shape[axis], kind, x.dtype, x.device)
         shape = [-1 if a == axis else 1 for a in range(4)]
         before, behind = x.narrow(axis, 0, x.shape[axis] - 1), x.narrow(axis, 1, x.shape[axis] - 1)
         y = x * own.view(shape)
@@ -60,7 +62,9 @@ def up_and_back(x: torch.Tensor, kind: str) -> torch.Tensor:
     return x
 
 
-def _neighbours(length: int, kind: str, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+# Kept: while a CUDA graph is captured nothing may be copied from the host.
+@lru_cache(maxsize=64)
+def _neighbours(length: int, kind: str, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """upᵀ up along an axis: its diagonal (length,), and what is beside it (length − 1,)."""
     i = torch.arange(length, dtype=torch.float64)
     # Shares of the neighbour: the one before in the even, the one behind in the odd up-sampled position.
@@ -73,4 +77,4 @@ def _neighbours(length: int, kind: str, like: torch.Tensor) -> tuple[torch.Tenso
     own[1:] += odd[:-1] ** 2
     own[:-1] += even[1:] ** 2
     beside = (1 - odd[:-1]) * odd[:-1] + (1 - even[1:]) * even[1:]
-    return own.to(like), beside.to(like)
+    return own.to(device, dtype), beside.to(device, dtype)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import sparse_gen as sg
+from sparse_gen.engine.capture import WARM_UP as WARM_UP_STEPS
+from sparse_gen.engine.capture import StepRunner, capturer
 from sparse_gen.engine.functional import squared_errors, training_copy
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.experiments.baselines import (
@@ -24,7 +26,7 @@ from sparse_gen.experiments.baselines import (
 from sparse_gen.experiments.config import check_device
 from sparse_gen.experiments.environment import resolve_device, use_threads
 from sparse_gen.experiments.memory import available_memory, estimate_memory
-from sparse_gen.experiments.timing import Times, make_records, timed_round
+from sparse_gen.experiments.timing import Times, fastest_plain, make_records, timed_round, warm_up_rounds
 from sparse_gen.fitting.optimiser import Optimiser
 from sparse_gen.generators.sizes import deepest_depth
 from sparse_gen.masks.layered import layered_mask
@@ -37,7 +39,6 @@ SEARCH = {"lr": 1e-2, "kl_weight": 1e-9, "prior": 0.05}
 PROVIDERS = ("published", "plain", "ours")
 NAMES = {"search": "mask-search step", "training": "masked training step", "dense": "dense DIP step"}
 SMALL = 192  # the smallest image that six scales take
-WARM_UP = 2
 
 
 class OurSearch:
@@ -47,7 +48,7 @@ class OurSearch:
         network = training_copy(net)
         self.layout, self.y = ParameterLayout.of(network), y
         self.weight = self.layout.flatten(dict(network.named_parameters()))
-        self.seed, self.count = seed_tensor(seeds, z.device), 0
+        self.seed, self.count = seed_tensor(seeds, z.device), torch.tensor(0, device=z.device)
         nothing = ParameterLayout({}), z.new_zeros(1, 0)
         self.network = SampledNetwork(network, self.layout, *nothing, z, len(self.seed), "auto", None)
         self.logits, self.exp_avg, self.exp_avg_sq = (
@@ -55,8 +56,9 @@ class OurSearch:
         )
         _, masked = concrete_mask(self.logits, self.weight, self.seed, 0, temperature=TEMPERATURE)
         self.network.masked_weight.copy_(masked)
+        self.step = StepRunner(self._step, capturer(z.device))
 
-    def step(self):
+    def _step(self):
         _, gradient = self.network.loss(self.y)
         concrete_mask_update(
             self.logits, self.exp_avg, self.exp_avg_sq, self.network.masked_weight, self.weight, gradient, self.seed,
@@ -69,14 +71,15 @@ class OurTraining:
     """The loop body of `sg.fit`."""
 
     def __init__(self, net, mask, z, y, *, lr):
-        self.module, self.y, self.count = sg.compile(net, mask, z), y, 0
+        self.module, self.y, self.count = sg.compile(net, mask, z), y, torch.tensor(0, device=z.device)
         self.z = z.contiguous(memory_format=self.module.memory_format)
         self.optimiser = Optimiser(self.module, lr, 0.0, seed_tensor(0, z.device))
+        self.step = StepRunner(self._step, capturer(z.device))
 
     def output(self):
         return self.module(self.z).detach()
 
-    def step(self):
+    def _step(self):
         loss = squared_errors(self.module(self.z), self.y)
         self.optimiser.step(loss.sum(), self.count)
         self.count += 1
@@ -167,17 +170,19 @@ class StepCase:
 
     def step(self, provider: str, inputs: Inputs) -> Callable[[], None]:
         """A provider's step, all experiments in it."""
-        everyone = [self.ours(inputs)] if provider == "ours" else self.baselines(provider, inputs)
+        if provider == "ours":
+            return self.ours(inputs).step
+        everyone = self.baselines(provider, inputs)
 
         def step() -> None:
             for one in everyone:
                 one.step()
 
-        return step
+        return StepRunner(step, capturer(torch.device(self.device)) if provider == "plain" else None)
 
 
 def check(case: StepCase) -> float:
-    """Take three steps in float64 on a small image by all providers, and compare.
+    """Take three steps in float64 on a small image by all providers, on a GPU five of which two are replayed; compare.
 
     Returns:
         The largest difference: of a logit, or of an output relative to its norm.
@@ -195,11 +200,15 @@ def check(case: StepCase) -> float:
     return error
 
 
+def _checked_steps(case: StepCase) -> int:
+    return 3 if case.device == "cpu" else WARM_UP_STEPS + 2
+
+
 def _search_error(case: StepCase) -> float:
     inputs = case.inputs(torch.float64)
     ours = case.ours(inputs)
     published, plain = (case.baselines(name, inputs) for name in ("published", "plain"))
-    for step in range(3):
+    for step in range(_checked_steps(case)):
         logistic = uniform(ours.seed, step, Stream.MASK, ours.layout.numel).double().logit()
         for e, row in enumerate(logistic):
             published[e].step(list(ours.layout.views(row).values()))
@@ -216,7 +225,7 @@ def _training_error(case: StepCase) -> float:
     inputs = case.inputs(torch.float64)
     ours = case.ours(inputs)
     others = [case.baselines(name, inputs) for name in ("published", "plain")]
-    for _ in range(3):
+    for _ in range(_checked_steps(case)):
         for training in [ours, *others[0], *others[1]]:
             training.step()
     output = ours.output()
@@ -272,19 +281,20 @@ def bench(
     _check_memory(size, depth, where)
     where = str(where)
     records = []
-    with use_threads(threads):
+    with use_threads(threads), fastest_plain(where):
         for kind in ("training", "search"):
             case = StepCase(kind, size, density, depth=depth, device=where)
             error = check(case)
             inputs = case.inputs()
             providers = {name: case.step(name, inputs) for name in PROVIDERS}
             times: Times = {}
-            for done in range(WARM_UP + rounds):
+            warm_up = warm_up_rounds(where)
+            for done in range(warm_up + rounds):
                 if progress is not None:
-                    progress(case.name, done, WARM_UP + rounds)
+                    progress(case.name, done, warm_up + rounds)
                 timed_round(providers, times, where)
             if progress is not None:
-                progress(case.name, WARM_UP + rounds, WARM_UP + rounds)
-            counted = {name: measured[WARM_UP:] for name, measured in times.items()}
+                progress(case.name, warm_up + rounds, warm_up + rounds)
+            counted = {name: measured[warm_up:] for name, measured in times.items()}
             records += make_records("bench", case.name, counted, device=where, error=error, facts=case.facts)
     return records

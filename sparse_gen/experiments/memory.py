@@ -74,7 +74,12 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def check_memory(
-    config: DenoiseConfig, shape: tuple[int, int, int], device: torch.device, *, search: bool = True
+    config: DenoiseConfig,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    *,
+    search: bool = True,
+    experiments: int = 1,
 ) -> None:
     """Raise ValueError unless a run fits into the memory that is there.
 
@@ -83,6 +88,7 @@ def check_memory(
         shape: (C, H, W) of its image.
         device: where it is to run.
         search: whether it searches a mask or only fits.
+        experiments: E, how many run together.
 
     Raises:
         ValueError: it does not fit; the message says what to lower. Or the depth does not fit the image.
@@ -90,7 +96,7 @@ def check_memory(
     available = available_memory(device)
     if available is None:
         return
-    needed = _need(config, shape, device, search, available)
+    needed = _need(config, shape, device, search, available, experiments)
     if needed > available:
         raise ValueError(
             f"memory: expected a run that fits into the {_shown(available)} available on {device}, got one of about "
@@ -98,16 +104,19 @@ def check_memory(
         )
 
 
-def _need(config: DenoiseConfig, shape, device: torch.device, search: bool, available: int) -> int:
+def _need(
+    config: DenoiseConfig, shape, device: torch.device, search: bool, available: int, experiments: int = 1
+) -> int:
     channels, *size = shape
     config = config.replace(depth=choose_depth(config, tuple(size)))
     with torch.device("meta"):
         parameters = _parameter_bytes(make_network(config, channels))
-    copies = _COPIES["search" if search else "fit"]
+    copies = experiments * _COPIES["search" if search else "fit"]
     if copies * parameters > available:  # then the network itself may be too large to be made
         return copies * parameters
     window = config.stop_window if config.stop == "wmv" else 0
-    memory = estimate_memory(make_network(config, channels), tuple(size), window=window, device=device.type)
+    network = make_network(config, channels)
+    memory = estimate_memory(network, tuple(size), experiments=experiments, window=window, device=device.type)
     return (max(memory) if search else memory.fit) + (_BESIDE if device.type == "cpu" else 0)
 
 

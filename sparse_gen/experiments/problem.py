@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 import sparse_gen as sg
+from sparse_gen.engine.stack import Stack
 from sparse_gen.experiments.config import DenoiseConfig
 from sparse_gen.experiments.images import Photograph
 from sparse_gen.generators.blocks import Generator
@@ -26,13 +28,13 @@ class Problem:
         clean: (1, C, H, W), or None where it is not known.
         noisy: y, the same shape.
         z: (1, in_channels, H, W).
-        net: at its initialisation.
+        net: at its initialisation; a stack where there are several experiments.
     """
 
     clean: torch.Tensor | None
     noisy: torch.Tensor
     z: torch.Tensor
-    net: Generator
+    net: Generator | Stack
 
 
 def pose(config: DenoiseConfig, image: torch.Tensor) -> Problem:
@@ -50,6 +52,15 @@ def pose(config: DenoiseConfig, image: torch.Tensor) -> Problem:
     size = tuple(image.shape[-2:])
     z = sg.noise_input(net.in_channels, size, seed=config.seed, scale=config.input_scale, device=image.device)
     return Problem(clean, noisy, z, net)
+
+
+def pose_together(problems: Sequence[Problem]) -> Problem:
+    """Problems of one architecture and size as the experiments of one; a single one is itself."""
+    if len(problems) == 1:
+        return problems[0]
+    clean = None if problems[0].clean is None else torch.cat([problem.clean for problem in problems])
+    noisy, z = (torch.cat([getattr(problem, name) for problem in problems]) for name in ("noisy", "z"))
+    return Problem(clean, noisy, z, sg.stack([problem.net for problem in problems]))
 
 
 def make_network(config: DenoiseConfig, out_channels: int) -> Generator:
@@ -109,9 +120,9 @@ def make_rule(config: DenoiseConfig):
     return None
 
 
-def selected_step(rule) -> int | None:
+def selected_step(rule, experiment: int = 0) -> int | None:
     """The step whose output a rule selects; None without a rule, or where the run was too short for a choice."""
-    step = -1 if rule is None else int(rule.selected_step)
+    step = -1 if rule is None else int(rule.selected_step[experiment])
     return step if step >= 0 else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ def search(
     problem: Problem,
     config: DenoiseConfig,
     *,
+    seeds: Sequence[int] | None = None,
     plan: Plan | str | None = None,
     checkpoints: Checkpoints | None = None,
     progress: StageProgress | None = None,
 ) -> sg.SearchResult:
-    """Search the mask of a configuration, with a plan as for `sg.compile`.
+    """Search the mask of a configuration, with a plan as for `sg.compile`; `seeds` of several experiments.
 
     Raises:
         As `search_mask`.
@@ -48,7 +49,7 @@ def search(
             temperature=config.temperature,
             prior=config.prior,
             prunable=config.prunable,
-            seed=config.seed,
+            seed=config.seed if seeds is None else seeds,
             every=config.every,
             recipe=recipe_of(config),
             checkpoints=checkpoints,
@@ -64,11 +65,15 @@ def train(
     config: DenoiseConfig,
     *,
     rule=None,
+    seeds: Sequence[int] | None = None,
     plan: Plan | str | None = None,
     checkpoints: Checkpoints | None = None,
     progress: StageProgress | None = None,
 ) -> FitResult:
-    """Train what a mask keeps (None: everything) with a configuration's steps and options; `plan` as for `compile`."""
+    """Train what a mask keeps (None: everything) with a configuration's steps and options.
+
+    `plan` as for `compile`; `seeds` of several experiments, whose problem has a stack.
+    """
     net, z = problem.net, problem.z
     if checkpoints is not None and checkpoints.resume:
         plan = Plan.to_go_on_with(checkpoints.plan("fit"), plan)
@@ -76,7 +81,7 @@ def train(
     if checkpoints is not None:
         checkpoints.folder.mkdir(parents=True, exist_ok=True)
         module.plan.save(checkpoints.plan("fit"))
-    if mask is None and not module.runs_on_the_engine:
+    if mask is None and seeds is None and not module.runs_on_the_engine:
         module = net  # the same without a vector of parameters in between
     return sg.fit(
         module,
@@ -89,7 +94,7 @@ def train(
         average=config.average,
         input_jitter=config.input_jitter,
         rings=config.rings,
-        seed=config.seed,
+        seed=config.seed if seeds is None else seeds,
         every=config.every,
         checkpoints=checkpoints,
         progress=_as_stage("fit", progress),
@@ -103,10 +108,12 @@ def last_output(run: FitResult, z: torch.Tensor) -> torch.Tensor:
         return run.module(z.contiguous(memory_format=memory_format))
 
 
-def psnr_curve(run: FitResult, last: torch.Tensor, clean: torch.Tensor, steps: int) -> tuple[list[int], list[float]]:
+def psnr_curve(
+    run: FitResult, last: torch.Tensor, clean: torch.Tensor, steps: int, experiment: int = 0
+) -> tuple[list[int], list[float]]:
     """Updates done and PSNR in dB: the history's rows, and the output after the last of at most `steps` updates."""
     final = sg.fitting.psnr(last, clean).item()
-    return [*run.history.step, run.stopped_at or steps], [*run.history["psnr"][:, 0].tolist(), final]
+    return [*run.history.step, run.stopped_at or steps], [*run.history["psnr"][:, experiment].tolist(), final]
 
 
 def recipe_of(config: DenoiseConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sparse_gen.experiments.plan import Experiment, Plan
 from sparse_gen.experiments.pool import Pool, worker_command
 from sparse_gen.experiments.shards import DONE, FAILED, Shard, now
 from sparse_gen.experiments.sweep_folder import Status, SweepFolder
+from sparse_gen.experiments.together import grouped
 
 _REPORT_SECONDS = 0.2
 
@@ -24,6 +25,7 @@ def sweep(
     output: str | os.PathLike[str],
     *,
     workers: int | None = None,
+    together: int = 1,
     retries: int = 2,
     retry_failed: bool = False,
     checkpoint_seconds: float = 60.0,
@@ -38,6 +40,8 @@ def sweep(
             keep this number when the sweep goes on: bits depend on it.
         output: a new or empty folder, or a sweep's: what is done there stays and is not done again.
         workers: processes; by default as many as there are processors for.
+        together: up to so many experiments of one architecture, image size, method and density run at the same time in
+            one process, which fills a GPU that one of them does not; should they fail, each is tried alone.
         retries: how often an experiment is tried again whose process has crashed, before it is recorded as failed.
         retry_failed: try those again that are recorded as failed.
         checkpoint_seconds: between two checkpoints of an experiment.
@@ -53,7 +57,7 @@ def sweep(
         OSError: an image, the folder or the disk does not do, or another process works on the folder.
         ChildProcessError: workers do not start.
     """
-    _check(workers, retries, checkpoint_seconds)
+    _check(workers, together, retries, checkpoint_seconds)
     folder = SweepFolder(output)
     folder.claim()
     plan, workers = settle(plan, folder, workers)
@@ -70,7 +74,9 @@ def sweep(
         arguments = [*(command or worker_command()), str(folder.path.resolve()), str(checkpoint_seconds)]
         stop = stop or Event()
         with Shard(folder.results) as shard, Pool(arguments, workers, plan.threads, folder.logs, stop) as pool:
-            session = _Session(folder, experiments, rows, workers, retries, shard, progress)
+            left = {key: experiment for key, experiment in experiments.items() if key not in rows}
+            groups = grouped(left, together)
+            session = _Session(folder, experiments, rows, groups, workers, retries, shard, progress)
             session.work(pool, stop)
     return session.status()
 
@@ -104,9 +110,11 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("s" if count != 1 else "")
 
 
-def _check(workers: int | None, retries: int, checkpoint_seconds: float) -> None:
+def _check(workers: int | None, together: int, retries: int, checkpoint_seconds: float) -> None:
     if workers is not None and workers < 1:
         raise ValueError(f"workers: expected 1 or more, got {workers}, leave it out for one a processor")
+    if together < 1:
+        raise ValueError(f"together: expected 1 or more, got {together}, leave it out for one at a time")
     if retries < 0:
         raise ValueError(f"retries: expected 0 or more, got {retries}, give 0 for none")
     if not checkpoint_seconds >= 0:
@@ -121,6 +129,7 @@ class _Session:
         folder: SweepFolder,
         experiments: Mapping[str, Experiment],
         rows: dict[str, dict[str, Any]],
+        groups: list[tuple[str, ...]],
         workers: int,
         retries: int,
         shard: Shard,
@@ -128,14 +137,15 @@ class _Session:
     ):
         self._folder, self._experiments, self._rows = folder, experiments, rows
         self._workers, self._retries, self._shard, self._progress = workers, retries, shard, progress
-        self._waiting = deque(key for key in experiments if key not in rows)
-        self._begun = {key: 0.0 for key in self._waiting if folder.checkpoints(key).is_dir()}
-        self._running: set[str] = set()
+        self._waiting = deque(groups)
+        self._begun = {key: 0.0 for group in groups for key in group if folder.checkpoints(key).is_dir()}
+        self._running: dict[str, tuple[str, ...]] = {}  # groups by their first
         self._failures: Counter[str] = Counter()
         self._told = float("-inf")
 
     def status(self) -> Status:
-        return Status.of(self._experiments, self._rows, self._begun, len(self._running), self._workers)
+        running = sum(map(len, self._running.values()))
+        return Status.of(self._experiments, self._rows, self._begun, running, self._workers)
 
     def work(self, pool: Pool, stop: Event) -> None:
         """Hand experiments to the pool until all have ended, or those that run have stopped."""
@@ -149,32 +159,36 @@ class _Session:
             self._report()
         self._report(last=True)
 
-    def _begin(self, key: str, pool: Pool) -> None:
-        self._folder.checkpoints(key).mkdir(parents=True, exist_ok=True)
-        self._running.add(key)
-        self._begun.setdefault(key, 0.0)
-        pool.submit(key, {"key": key, "experiment": self._experiments[key].plain()})
+    def _begin(self, group: tuple[str, ...], pool: Pool) -> None:
+        for key in group:
+            self._folder.checkpoints(key).mkdir(parents=True, exist_ok=True)
+            self._begun.setdefault(key, 0.0)
+        self._running[group[0]] = group
+        pool.submit(group[0], {"keys": group, "experiments": [self._experiments[key].plain() for key in group]})
 
     def _note(self, key: str, event: Mapping[str, Any]) -> None:
         if "step" in event:
-            self._begun[key] = event["step"] / event["of"]
+            self._begun |= dict.fromkeys(self._running[key], event["step"] / event["of"])
             return
-        self._running.discard(key)
+        group = self._running.pop(key)
         if "fatal" in event:
             raise OSError(event["fatal"])
         if "done" in event:
-            self._end(key, {"key": key, "status": DONE, "results": {"seconds": event["seconds"]}})
+            for one in group:
+                self._end(one, {"key": one, "status": DONE, "results": {"seconds": event["seconds"]}})
+        elif "failed" in event and len(group) > 1:
+            self._waiting.extend((one,) for one in group)  # one of them is to blame, or they do not fit
         elif "failed" in event:
             self._failures[key] += 1
             if event["again"] and self._failures[key] <= self._retries:
-                self._waiting.append(key)  # behind the others, which it does not hold up
+                self._waiting.append(group)  # behind the others, which it does not hold up
             else:
                 attempts = f" ({_counted(self._failures[key], 'attempt')})" if event["again"] else ""
                 row = {"key": key, "status": FAILED, "time": now(), "reason": f"{event['reason']}{attempts}"}
                 self._shard.append(row | self._experiments[key].plain())
                 self._end(key, row)
         else:  # it was interrupted, by us or by somebody who ended its process
-            self._waiting.append(key)
+            self._waiting.append(group)
 
     def _end(self, key: str, row: dict[str, Any]) -> None:
         self._rows[key] = row

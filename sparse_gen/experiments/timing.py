@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 import sparse_gen
+from sparse_gen.engine.capture import WARM_UP
 from sparse_gen.experiments.environment import versions
 from sparse_gen.files import atomic_write
 
@@ -37,6 +39,24 @@ def timed_round(providers: Mapping[str, Step], times: Times, device: str, in_a_r
             function()
         _synchronise(device)
         times.setdefault(name, []).append(1e3 * (time.perf_counter() - start) / in_a_row)
+
+
+def warm_up_rounds(device: str) -> int:
+    """Rounds that do not count: on a GPU until steps are captured, and the first that is replayed."""
+    return WARM_UP + 2 if device.startswith("cuda") else 2
+
+
+@contextmanager
+def fastest_plain(device: str) -> Iterator[None]:
+    """On a GPU, let PyTorch multiply in TF32 and cuDNN try its ways, as its baselines are to."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    if device.startswith("cuda"):
+        cudnn.benchmark = cudnn.allow_tf32 = matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def _synchronise(device: str) -> None:

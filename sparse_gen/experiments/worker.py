@@ -1,8 +1,8 @@
 """A process that runs experiments of a sweep, one after another.
 
-A line of JSON on stdin is an experiment with its key, or "stop". A line on stdout says what became of it; the row
-itself goes to a shard. Stdin's end ends the process at once: then its parent is gone, and another sweep may already
-have begun where this one was.
+A line of JSON on stdin is experiments that run at the same time, with their keys, or "stop". A line on stdout says what
+became of them; the rows themselves go to a shard. Stdin's end ends the process at once: then its parent is gone, and
+another sweep may already have begun where this one was.
 """
 
 from __future__ import annotations
@@ -63,18 +63,21 @@ class Worker:
         self._say({"ready": os.getpid()})
         while not self._stopping:
             job = self._jobs.get()
-            if job is not None and not self._attempt(job["key"], job["experiment"]):
+            if job is not None and not self._attempt(job["keys"], job["experiments"]):
                 return
 
-    def _attempt(self, key: str, plain: dict[str, Any]) -> bool:
-        """Run an experiment, and say whether this process can go on."""
+    def _attempt(self, keys: list[str], plain: list[dict[str, Any]]) -> bool:
+        """Run experiments at the same time, and say whether this process can go on; they go by the first one's key."""
         from sparse_gen.checkpoint import RunInterrupted
 
+        key = keys[0]
         try:
             results = self.results(key, plain)
-            self._shard.append({"key": key, "status": DONE, "time": now(), **plain, "results": results})
-            shutil.rmtree(self._folder / "checkpoints" / key, ignore_errors=True)
-            self._say({"done": key, "seconds": results["seconds"]})
+            for one, experiment, result in zip(keys, plain, results, strict=True):
+                self._shard.append({"key": one, "status": DONE, "time": now(), **experiment, "results": result})
+            for one in keys:
+                shutil.rmtree(self._folder / "checkpoints" / one, ignore_errors=True)
+            self._say({"done": key, "seconds": results[0]["seconds"]})
             return True
         except RunInterrupted:
             self._say({"interrupted": key})
@@ -93,19 +96,19 @@ class Worker:
             self._say({"failed": key, "reason": f"{type(error).__name__}: {error}", "again": True})
             return False
 
-    def results(self, key: str, plain: dict[str, Any]) -> dict[str, Any]:
-        """Run an experiment from where it is."""
+    def results(self, key: str, plain: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Run experiments from where they are."""
         from sparse_gen.checkpoint import Checkpoints, OtherRunError
-        from sparse_gen.experiments.methods import run_experiment
+        from sparse_gen.experiments.methods import run_experiments
         from sparse_gen.experiments.plan import Experiment
 
-        experiment = Experiment.from_plain(plain)
+        experiments = [Experiment.from_plain(one) for one in plain]
         for resume in (True, False):
             self._checkpoints = Checkpoints(self._folder / "checkpoints" / key, seconds=self._seconds, resume=resume)
             if self._stopping:
                 self._checkpoints.request_stop()
             try:
-                return run_experiment(experiment, self._checkpoints, self._progress)
+                return run_experiments(experiments, self._checkpoints, self._progress)
             except OtherRunError:  # by another version of torch, say: begin again
                 self._checkpoints.clear()
         raise AssertionError("a run that does not resume is never another one")

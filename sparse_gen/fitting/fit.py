@@ -11,23 +11,26 @@ from torch import nn
 
 from sparse_gen.analysis.rings import ring_energies
 from sparse_gen.checkpoint import Checkpoints, fingerprint
+from sparse_gen.engine.capture import StepRunner, capturer
 from sparse_gen.engine.checks import (
     check_count,
     check_image,
     check_input,
     check_measurement,
-    check_output,
     check_pixel_weight,
     check_positive,
 )
 from sparse_gen.engine.compile import CompiledGenerator
-from sparse_gen.engine.functional import squared_errors
+from sparse_gen.engine.readback import Readback, Values
 from sparse_gen.fitting.metrics import psnr
 from sparse_gen.fitting.optimiser import Optimiser
+from sparse_gen.fitting.step import FitStep
 from sparse_gen.history import History
-from sparse_gen.ops.philox import Stream, normal, seed_tensor
+from sparse_gen.ops.philox import seed_tensor
 
 Progress = Callable[[int, int, dict[str, float]], None]
+
+_ASK_EVERY = 16  # steps between two looks at whether the rule has ended a fit on a GPU
 
 
 class Stop(Protocol):
@@ -121,7 +124,6 @@ def fit(
     seeds = seed_tensor(seed, z.device)
     optimiser = Optimiser(module, lr, langevin, seeds)
     history, mean_output, stopped_at = History(), None, None
-    first_bad = torch.tensor(-1, device=z.device)
 
     settings = {
         "steps": steps, "lr": lr, "average": average, "input_jitter": input_jitter, "tv_weight": tv_weight,
@@ -139,61 +141,75 @@ def fit(
         if restored is not None:
             start, state, history = restored
             optimiser.restore(state)
-            mean_output = state["average"].to(z.device) if "average" in state else None
+            mean_output = state["average"].to(z.device, copy=True) if "average" in state else None
             if stop is not None:
                 stop.restore(_only(state, "stop/"), z.device)
                 over = stop.over
 
+    # Where steps are captured the host runs ahead, hears of the rule's end some steps later and goes back to it. Of a
+    # plain module that would copy every parameter at every step, and the wait is short beside such a step.
+    capture = capturer(z.device)
+    rule = stop if hasattr(stop, "advance") else None
+    obeyed = hasattr(rule, "ended")
+    late = capture is not None and (compiled or not obeyed)
+    body = FitStep(
+        module, z, y, optimiser, seeds, start=start, rule=rule, average=average, input_jitter=input_jitter,
+        tv_weight=tv_weight, pixel_weight=pixel_weight, mean_output=mean_output, keep_last=late and obeyed,
+    )  # fmt: skip
+    run_step, rows, ends = StepRunner(body, capture), Readback(late), Readback(late)
+
     def state() -> dict[str, torch.Tensor]:
         stored = optimiser.state()
-        if mean_output is not None:
-            stored["average"] = mean_output
+        if body.mean_output is not None:
+            stored["average"] = body.mean_output
         if stop is not None:
             stored |= {f"stop/{name}": tensor for name, tensor in stop.state().items()}
         return stored
 
-    for step in range(start, start if over else steps):
-        output = module(_jittered(z, input_jitter, seeds, step) if input_jitter else z)
-        if step == start:
-            check_output(output, y)
-        loss = squared_errors(output, y) if pixel_weight is None else weighted_errors(output, y, pixel_weight)
-        variation = total_variation(output) if tv_weight else None
-        optimiser.step((loss if variation is None else loss + tv_weight * variation).sum(), step)
+    def store(done: int, last: bool) -> None:
+        # A look at the device would stall it, so it comes last.
+        if checkpoints is not None and (capture is None or checkpoints.due(last=last)) and body.first_bad < 0:
+            checkpoints.store("fit", settings, done, state, history, last=last)
 
-        output = output.detach()
-        if average is not None:
-            mean_output = output if mean_output is None else torch.lerp(output, mean_output, average)
-        first_bad = torch.where((first_bad < 0) & ~loss.isfinite().all(), step, first_bad)
-        if step % every == 0 or step == steps - 1:
-            _check_finite(first_bad, lr, checkpoints)
-            _record(history, step, output, loss, clean, mean_output, variation, rings)
-            if progress is not None:
-                progress(step + 1, steps, history.last())
-        over = stop is not None and stop.update(step, output)
-        if checkpoints is not None and first_bad < 0:
-            checkpoints.store("fit", settings, step + 1, state, history, last=over or step == steps - 1)
-        if over:
-            stopped_at = step + 1
+    def end(values: Values) -> None:
+        nonlocal over
+        over = bool(values["ended"])
+
+    done = start
+    for step in range(start, start if over else steps):
+        run_step()
+        done, final = step + 1, step == steps - 1
+        if step % every == 0 or final:
+            row = _row(body, clean, rings)
+            history.record(step, **row)
+            shown = {name: value for name, value in row.items() if value.ndim == 1}
+            rows.push({"": body.first_bad, **shown}, _reporter(step, steps, lr, checkpoints, progress))
+        if stop is not None and rule is None:
+            over = stop.update(step, body.output if capture is None else body.output.clone())
+        elif obeyed and (not late or step % _ASK_EVERY == 0):
+            ends.push({"ended": rule.ended(z.device)}, end)
+        if late and obeyed and checkpoints is not None and checkpoints.due():
+            over = rule.over  # what is written has to be waited for anyway
+        if over or final:
             break
+        store(done, last=False)
+    rows.flush()
+    if over or (late and obeyed and rule.over):
+        if late and obeyed:
+            body.go_back()
+            done = int(rule.stopped_at.max())
+            history.cut(done)
+        stopped_at = done
+    if done > start:
+        store(done, last=True)
 
     with torch.no_grad():
-        image = module(z) if mean_output is None else mean_output
+        image = module(z) if body.mean_output is None else body.mean_output
     if stop is not None:
         image = stop.image
     if hasattr(stop, "stopped_after"):
         stopped_at = stop.stopped_after()
     return FitResult(image, history, stopped_at, module)
-
-
-def weighted_errors(output: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(1/N) Σ w·(x − y)² of each image, (E,), from (E, C, H, W) and a weight that broadcasts to it."""
-    return (weight * (output - y).square()).mean(dim=(1, 2, 3))
-
-
-def total_variation(image: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference of vertical plus that of horizontal neighbours: (E, C, H, W) to (E,)."""
-    rows = (image[..., 1:, :] - image[..., :-1, :]).abs().mean(dim=(1, 2, 3))
-    return rows + (image[..., 1:] - image[..., :-1]).abs().mean(dim=(1, 2, 3))
 
 
 def _check(
@@ -223,30 +239,34 @@ def _check(
         )
 
 
-def _jittered(z: torch.Tensor, deviation: float, seeds: torch.Tensor, step: int) -> torch.Tensor:
-    numbers = normal(seeds, step, Stream.JITTER, z[0].numel()).view(-1, *z.shape[1:])
-    return z + deviation * numbers.to(z.dtype)
+def _reporter(step: int, steps: int, lr: float, checkpoints: Checkpoints | None, progress: Progress | None):
+    """What is done with the row of a step once the host has it; the first step that was not finite goes by ""."""
+
+    def report(values: Values) -> None:
+        bad = values[""]
+        if bad >= 0:
+            kept = "" if checkpoints is None else f", the state before it is in {checkpoints.folder}"
+            raise FloatingPointError(f"expected a finite loss, got none at step {int(bad)}, lower lr ({lr}){kept}")
+        if progress is not None:
+            progress(step + 1, steps, {name: value.mean().item() for name, value in values.items() if name})
+
+    return report
 
 
-def _check_finite(first_bad: torch.Tensor, lr: float, checkpoints: Checkpoints | None) -> None:
-    if first_bad >= 0:
-        kept = "" if checkpoints is None else f", the state before it is in {checkpoints.folder}"
-        raise FloatingPointError(f"expected a finite loss, got none at step {int(first_bad)}, lower lr ({lr}){kept}")
-
-
-def _record(history: History, step, output, loss, clean, mean_output, variation, rings) -> None:
-    values: dict[str, torch.Tensor] = {"loss": loss}
+def _row(body: FitStep, clean: torch.Tensor | None, rings: int | None) -> dict[str, torch.Tensor]:
+    """What the history records of the last step, in memory of its own."""
+    values = {"loss": body.loss.clone()}
     if clean is not None:
-        values["psnr"] = psnr(output, clean)
-        if mean_output is not None:
-            values["psnr_average"] = psnr(mean_output, clean)
-    if variation is not None:
-        values["total_variation"] = variation
+        values["psnr"] = psnr(body.output, clean)
+        if body.mean_output is not None:
+            values["psnr_average"] = psnr(body.mean_output, clean)
+    if body.variation is not None:
+        values["total_variation"] = body.variation.clone()
     if rings is not None:
-        values["ring_energy"] = ring_energies(output, rings)
+        values["ring_energy"] = ring_energies(body.output, rings)
         if clean is not None:
-            values["ring_error"] = ring_energies(output - clean, rings)
-    history.record(step, **values)
+            values["ring_error"] = ring_energies(body.output - clean, rings)
+    return values
 
 
 def _describe(stop: Stop | None) -> dict[str, Any] | None:

@@ -10,6 +10,15 @@ from sparse_gen.ops.masked_adam import masked_adam_
 from sparse_gen.ops.philox import Stream, normal
 
 
+def step_fused(adam: torch.optim.Adam) -> None:
+    """A step of a fused Adam, in a capture or outside of one."""
+    group = adam.param_groups[0]
+    if group["params"][0].is_cuda:
+        # Its state is on the device either way, but torch asks for the flag in a capture and warns of it outside.
+        group["capturable"] = torch.cuda.is_current_stream_capturing()
+    adam.step()
+
+
 class _KeptAdam:
     """Adam on the kept values of all experiments at once."""
 
@@ -40,7 +49,7 @@ class _PlainAdam:
         self._adam = torch.optim.Adam(tensors, lr=lr, fused=True)
 
     def step(self) -> None:
-        self._adam.step()
+        step_fused(self._adam)
 
     def state(self) -> dict[str, torch.Tensor]:
         return {
@@ -62,9 +71,10 @@ class Optimiser:
         self._module, self._noise, self._seeds = module, langevin * lr, seeds
         compiled = isinstance(module, CompiledGenerator)
         self._adam = _KeptAdam(module.values, lr) if compiled else _PlainAdam(list(module.parameters()), lr)
+        self._kernel_entries = module.kernel_entries() if compiled and langevin else None
 
-    def step(self, loss: torch.Tensor, step: int) -> None:
-        """Take one step down the gradient of a scalar loss."""
+    def step(self, loss: torch.Tensor, step: torch.Tensor) -> None:
+        """Take one step down the gradient of a scalar loss; its number is () int64 on the device."""
         self._module.zero_grad(set_to_none=True)
         loss.backward()
         self._adam.step()
@@ -72,11 +82,11 @@ class Optimiser:
             self._add_noise(step)
 
     @torch.no_grad()
-    def _add_noise(self, step: int) -> None:
-        if isinstance(self._module, CompiledGenerator):
+    def _add_noise(self, step: torch.Tensor) -> None:
+        if self._kernel_entries is not None:
             values = self._module.values
             numbers = normal(self._seeds, step, Stream.LANGEVIN, values.shape[1]).to(values.dtype)
-            values += self._noise * numbers * self._module.kernel_entries()
+            values += self._noise * numbers * self._kernel_entries
             return
         kernels = [parameter for parameter in self._module.parameters() if parameter.ndim == 4]
         numbers = normal(self._seeds, step, Stream.LANGEVIN, sum(k.numel() for k in kernels))[0]

@@ -14,6 +14,12 @@ class _Rule:
 
     stopped_at: torch.Tensor | None = None  # (E,) steps done when the experiment stopped, -1 before
 
+    def ended(self, device: torch.device | str) -> torch.Tensor:
+        """Whether every experiment has stopped: () bool, on the device."""
+        if self.stopped_at is None:
+            return torch.zeros((), dtype=torch.bool, device=device)
+        return (self.stopped_at >= 0).all()
+
     @property
     def over(self) -> bool:
         """Whether every experiment has stopped."""
@@ -39,8 +45,8 @@ class _Rule:
 class _PatientMinimum(_Rule, ABC):
     """Selects the output at which a statistic was smallest, and stops when that is `patience` steps ago.
 
-    Everything stays on the outputs' device; nothing but one flag is read back. Each experiment is selected and
-    stopped on its own: one that has stopped no longer changes, as if it had been run alone.
+    Everything stays on the outputs' device; nothing but one flag is read back, and by `advance` not even that. Each
+    experiment is selected and stopped on its own: one that has stopped no longer changes, as if it had been run alone.
     """
 
     def __init__(self, patience: int):
@@ -49,28 +55,32 @@ class _PatientMinimum(_Rule, ABC):
         self._image: torch.Tensor | None = None
 
     @abstractmethod
-    def _statistic(self, step: int, image: torch.Tensor) -> torch.Tensor:
-        """Take the output of a step, counted from 0, and return the statistic, (E,), infinite while there is none."""
+    def _statistic(self, step: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Take the output of a step, () int64 from 0 on; return the statistic, (E,), infinite while there is none."""
 
     def update(self, step: int, image: torch.Tensor) -> bool:
         """Take the output of a step, (E, C, H, W), and say whether every experiment has stopped.
 
         Steps come one by one from 0 on.
         """
+        self.advance(torch.tensor(step, device=image.device), image)
+        return self.over
+
+    def advance(self, step: torch.Tensor, image: torch.Tensor) -> None:
+        """The same with the step as () int64 on the image's device, and without asking whether to stop."""
         image = image.detach()
         if self._image is None:
             self._start(image)
         statistic = self._statistic(step, image)
         better = (statistic < self._smallest) & (self.stopped_at < 0)
-        self._smallest = torch.where(better, statistic, self._smallest)
-        self.selected_step = torch.where(better, step, self.selected_step)
+        _put(better, statistic, self._smallest)
+        _put(better, step, self.selected_step)
         # Until there is a statistic, the newest output is the best there is.
         take = better | (self._smallest.isinf() & (self.stopped_at < 0))
-        self._image = torch.where(take[:, None, None, None], image, self._image)
+        _put(take[:, None, None, None], image, self._image)
         waited = step - self.selected_step
         over = (waited >= self.patience) & (self.selected_step >= 0) & (self.stopped_at < 0)
-        self.stopped_at = torch.where(over, step + 1, self.stopped_at)
-        return self.over
+        _put(over, step + 1, self.stopped_at)
 
     def _start(self, image: torch.Tensor) -> None:
         self._image = image.clone()
@@ -88,6 +98,11 @@ class _PatientMinimum(_Rule, ABC):
         if self._image is None:
             raise RuntimeError("expected at least one update before the selected image is asked for, got none")
         return self._image
+
+
+def _put(where: torch.Tensor, value: torch.Tensor, into: torch.Tensor) -> None:
+    """In place, so that a captured step finds it where it was."""
+    torch.where(where, value, into, out=into)
 
 
 class WMV(_PatientMinimum):
@@ -115,17 +130,15 @@ class WMV(_PatientMinimum):
         self._sum = torch.zeros_like(flat, dtype=torch.float64)
         self._squares = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
 
-    def _statistic(self, step: int, image: torch.Tensor) -> torch.Tensor:
+    def _statistic(self, step: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         flat = image.flatten(1)
-        slot = step % self.window
-        comes, goes = flat.double(), self._outputs[slot].double()
+        slot = (step % self.window)[None]
+        comes, goes = flat.double(), self._outputs.index_select(0, slot)[0].double()
         self._sum += comes - goes
         self._squares += (comes.square() - goes.square()).sum(dim=1)
-        self._outputs[slot] = flat
-        if step < self.window - 1:
-            return torch.full_like(self._squares, torch.inf)
+        self._outputs.index_copy_(0, slot, flat[None])
         variance = self._squares / self.window - (self._sum / self.window).square().sum(dim=1)
-        return variance / flat.shape[1]
+        return torch.where(step < self.window - 1, torch.inf, variance / flat.shape[1])
 
 
 class EMV(_PatientMinimum):
@@ -149,12 +162,12 @@ class EMV(_PatientMinimum):
         self._average = torch.zeros_like(image.flatten(1), dtype=torch.float64)
         self._variance = torch.zeros(len(image), dtype=torch.float64, device=image.device)
 
-    def _statistic(self, step: int, image: torch.Tensor) -> torch.Tensor:
+    def _statistic(self, step: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
         flat = image.flatten(1).double()
         difference = flat - self._average
         self._average += self.alpha * difference
         squared = difference.square().mean(dim=1)
-        self._variance = (1 - self.alpha) * (self._variance + self.alpha * squared)
+        self._variance.copy_((1 - self.alpha) * (self._variance + self.alpha * squared))
         return self._variance
 
 

@@ -54,12 +54,13 @@ class Logits:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.values), torch.zeros_like(self.values)
         if self.groups is not None:
             self._one = torch.ones_like(self.values[0])
+            self._sizes = self.groups.sizes.to(weight.device)
             self._soft_mask = torch.empty_like(self.values)
 
     @property
     def sizes(self) -> torch.Tensor | None:
         """(G,) the weights of each group; None where every weight has a logit of its own."""
-        return None if self.groups is None else self.groups.sizes.to(self.values.device)
+        return None if self.groups is None else self._sizes
 
     def sample(self, masked_weight: torch.Tensor) -> None:
         """Write the masked weights of step 0 to `masked_weight` (E, N)."""
@@ -70,8 +71,8 @@ class Logits:
         else:
             self.groups.multiply(self._weight, sampled, masked_weight)
 
-    def update(self, masked_weight: torch.Tensor, gradient: torch.Tensor, step: int) -> None:
-        """Learn from the gradient by the masked weights of `step`, (E, N), and write those of the next."""
+    def update(self, masked_weight: torch.Tensor, gradient: torch.Tensor, step: torch.Tensor) -> None:
+        """Learn from the gradient by the masked weights of `step`, (E, N), and write those of the next; () int64."""
         if self.groups is None:
             weight, target = self._weight, masked_weight
         else:

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from sparse_gen.checkpoint import Checkpoints, fingerprint
+from sparse_gen.engine.capture import StepRunner, capturer
 from sparse_gen.engine.checks import check_count, check_input, check_measurement, check_positive
 from sparse_gen.engine.compile import compile
 from sparse_gen.engine.functional import training_copy
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.plan import Plan
+from sparse_gen.engine.readback import Readback, Values
 from sparse_gen.engine.stack import Stack, initial_weights, template
 from sparse_gen.history import History
 from sparse_gen.masks.connectivity import DisconnectedMaskWarning, probe_connectivity
@@ -24,6 +26,7 @@ from sparse_gen.masks.groups import Group, Groups, group_name
 from sparse_gen.masks.logits import Logits
 from sparse_gen.masks.mask import Mask
 from sparse_gen.masks.sampled import SampledNetwork
+from sparse_gen.masks.search_step import SearchStep
 from sparse_gen.masks.selection import kept_count, prunable_layout
 from sparse_gen.ops.philox import Stream, seed_tensor, uniform
 
@@ -252,23 +255,27 @@ def search_mask(
         rule = {} if stop is None else stop.state()
         return tensors | {f"stop/{name}": tensor for name, tensor in rule.items()}
 
-    first_bad = torch.tensor(-1, device=z.device)
+    capture, body = capturer(z.device), SearchStep(sampled, logits, y, start)
+    run_step, rows = StepRunner(body, capture), Readback(late=capture is not None)
     over = stop is not None and stop.over
     for step in range(start, start if over else steps):
-        loss, gradient = sampled.loss(y)
-        first_bad = torch.where((first_bad < 0) & ~loss.isfinite().all(), step, first_bad)
-        if step % every == 0 or step == steps - 1:
-            if first_bad >= 0:
-                raise FloatingPointError(f"expected a finite loss, got none at step {int(first_bad)}, lower lr ({lr})")
-            history.record(step, loss=loss, kl=logits.kl())
-            if progress is not None:
-                progress(step + 1, steps, history.last())
-        logits.update(sampled.masked_weight, gradient, step)
+        last = step == steps - 1
+        recorded = last or step % every == 0
+        # Of the logits that the step begins with, like its loss; outside of it, since few steps need it.
+        kl = logits.kl() if recorded else None
+        run_step()
+        if recorded:
+            row = {"loss": body.loss.clone(), "kl": kl}
+            history.record(step, **row)
+            rows.push({"": body.first_bad, **row}, _reporter(step, steps, lr, progress))
         over = stop is not None and stop.update(step, logits.values, count, logits.sizes)
-        if checkpoints is not None and first_bad < 0:
-            checkpoints.store("search", identity, step + 1, state, history, last=over or step == steps - 1)
+        last = over or last
+        # A look at the device would stall it, so it comes last.
+        if checkpoints is not None and (capture is None or checkpoints.due(last=last)) and body.first_bad < 0:
+            checkpoints.store("search", identity, step + 1, state, history, last=last)
         if over:
             break
+    rows.flush()
     final = logits.values if stop is None else stop.selected(logits.values)
 
     keep = logits.keep(final, count)
@@ -289,6 +296,18 @@ def search_mask(
         mask, logit_views, history, connectivity.connected, connectivity.disconnected_at, settings, stopped_at,
         plan=sampled.plan, groups=logits.groups,
     )  # fmt: skip
+
+
+def _reporter(step: int, steps: int, lr: float, progress: Progress | None):
+    """What is done with the row of a step once the host has it; the first step that was not finite goes by ""."""
+
+    def report(values: Values) -> None:
+        if values[""] >= 0:
+            raise FloatingPointError(f"expected a finite loss, got none at step {int(values[''])}, lower lr ({lr})")
+        if progress is not None:
+            progress(step + 1, steps, {name: value.mean().item() for name, value in values.items() if name})
+
+    return report
 
 
 def masked_output(net: nn.Module, z: torch.Tensor, masks: Mask | Sequence[Mask]) -> torch.Tensor:

@@ -22,6 +22,7 @@ status()  # first, so that what the compiled library brings is known below
 
 _stems: dict[str, str] = {}
 _in_python_on_cuda: set[str] = set()
+_route_on_cuda: dict[str, Callable] = {}
 
 
 @cache
@@ -71,11 +72,22 @@ def register_operator(schema: str, *, reference: Callable, fake: Callable, stem:
             return reference(*args)
         return getattr(import_module(f"sparse_gen.kernels.{stem}"), name)(*args)
 
+    _route_on_cuda[name] = run_triton
     LIBRARY.impl(name, run_reference, "CompositeExplicitAutograd")
     if not _has_cuda_kernel(name):
         LIBRARY.impl(name, run_triton, "CUDA")
         _in_python_on_cuda.add(name)
     torch.library.register_fake(f"sparse_gen::{name}", fake, lib=LIBRARY)
+
+
+def route_on_cuda(operator: str) -> Callable:
+    """What an operator runs on CUDA where that is Python: its Triton kernel, or its reference on the GPU."""
+    return _route_on_cuda[operator]
+
+
+def has_gpu_kernel(operator: str) -> bool:
+    """Whether an operator runs on CUDA in a kernel of ours, compiled or Triton's, and not as its reference."""
+    return operator not in _in_python_on_cuda or _triton_missing(_stems[operator], operator) is None
 
 
 def operators() -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-_INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+_INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "amx")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 

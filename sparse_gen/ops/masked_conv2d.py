@@ -68,6 +68,20 @@ def masked_conv2d_backward(
     return run.backward(grad_out, x, weight, stride, padding, mode, upsample, pool, needs_grad_x, needs_grad_weight)
 
 
+def _loaded_reference(x, weight, bias, *arguments):
+    return masked_conv2d_reference(x, weight, bias, *arguments, 0)
+
+
+# For a GPU, whose kernel reads through a load on the way.
+register_sparse_convolution(
+    "int stride, int padding, int mode, int upsample, bool pool",
+    reference=_loaded_reference,
+    fake=lambda *given: _fake(*given, 0),
+    loads=True,
+    name="masked_conv2d_loaded",
+)
+
+
 def _taps_reference(x, weight, bias, padding, mode, bilinear):
     return masked_conv2d_reference(x, weight, bias, 1, padding, mode, 2 if bilinear else 1, False, 0)
 
@@ -90,6 +104,18 @@ register_sparse_convolution(
     reference=_tiles_reference,
     fake=lambda x, weight, bias, stride, padding, mode, pool: _fake(x, weight, bias, stride, padding, mode, 0, pool, 0),
     name="masked_conv2d_tiles",
+)
+register_sparse_convolution(
+    "int stride, int padding, int mode, bool pool",
+    reference=_tiles_reference,
+    fake=lambda x, weight, bias, stride, padding, mode, pool: _fake(x, weight, bias, stride, padding, mode, 0, pool, 0),
+    name="masked_conv2d_split",
+)
+register_sparse_convolution(
+    "int padding, int mode, bool bilinear",
+    reference=_taps_reference,
+    fake=lambda x, weight, *_: x.new_empty(len(x), weight.shape[1], 2 * x.shape[2], 2 * x.shape[3]),
+    name="masked_conv2d_split_taps",
 )
 LIBRARY.impl("masked_conv2d", masked_conv2d_forward, "CPU")
 LIBRARY.impl("masked_conv2d_backward", masked_conv2d_backward, "CPU")

@@ -92,13 +92,14 @@ def uniform_from_words(words: torch.Tensor) -> torch.Tensor:
     return ((words >> 9 & 0x7FFFFF).float() + 0.5) * 2.0**-23
 
 
-def uniform(seed: torch.Tensor, step: int, stream: Stream, count: int) -> torch.Tensor:
-    """Uniform numbers in (0, 1): (E, count) float32 for seeds (E,)."""
-    words = torch.ops.sparse_gen.philox(seed, torch.tensor(step, device=seed.device), int(stream), count)
+def uniform(seed: torch.Tensor, step: int | torch.Tensor, stream: Stream, count: int) -> torch.Tensor:
+    """Uniform numbers in (0, 1): (E, count) float32 for seeds (E,); the step may be a () int64 tensor beside them."""
+    step = step if isinstance(step, torch.Tensor) else torch.tensor(step, device=seed.device)
+    words = torch.ops.sparse_gen.philox(seed, step, int(stream), count)
     return uniform_from_words(words)
 
 
-def normal(seed: torch.Tensor, step: int, stream: Stream, count: int) -> torch.Tensor:
+def normal(seed: torch.Tensor, step: int | torch.Tensor, stream: Stream, count: int) -> torch.Tensor:
     """Standard normal numbers by the inverse of the distribution: (E, count) float32 for seeds (E,).
 
     With 23 random bits the largest is 5.3 standard deviations.

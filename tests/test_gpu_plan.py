@@ -1,0 +1,150 @@
+"""How a plan is made on a GPU: which layouts are measured there, by which clock, and where that is remembered."""
+
+import pytest
+import torch
+from equality import scattered_mask
+from pretended_gpu import PretendedGpu, compile_there
+
+import sparse_gen as sg
+from sparse_gen.engine import layouts, measure
+from sparse_gen.engine.clock import Clock, CudaClock, clock
+from sparse_gen.engine.graph import Conv
+from sparse_gen.engine.layouts import ConvStage, candidates
+
+CUDA = torch.device("cuda", 0)
+
+
+def stage(upsample=None, density=0.3, device=CUDA, pool=False, blocks=False):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(8, 4, 3, 3, generator=generator) < density
+    mask = mask[:1].expand(8, 4, 3, 3) if blocks else mask
+    conv = Conv("w", None, (8, 4, 3, 3), 1, 1, "reflect", upsample, pool)
+    return ConvStage("w", conv, mask, (8, 8), True, False, device)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """Names the GPU; kernels of ours are there for all operators."""
+    monkeypatch.setenv("SPARSE_GEN_CACHE", str(tmp_path))
+    monkeypatch.setattr(measure, "_memories", {})
+    monkeypatch.setattr(layouts, "has_gpu_kernel", lambda operator: True)
+
+    def named(name):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+
+    named("A")
+    return named
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Replaces the measurement; the stages and layouts that were measured."""
+    seen = []
+
+    def arrange(**milliseconds):
+        def layout_times(stage, layouts, dtype):
+            seen.append((stage, layouts))
+            return {layout: milliseconds.get(layout.replace(" ", "_"), 9.0) for layout in layouts}
+
+        monkeypatch.setattr(measure, "layout_times", layout_times)
+        return seen
+
+    return arrange
+
+
+def test_candidates():
+    assert candidates(stage()) == ["dense", "dense fused", "sparse"]
+    assert candidates(stage(blocks=True)) == ["dense", "dense fused", "blocks", "sparse"]
+    assert candidates(stage("nearest")) == ["dense", "dense phases", "dense fused", "taps", "upsampled sparse"]
+    assert candidates(stage("bilinear")) == ["dense", "dense fused", "taps", "upsampled sparse"]
+    assert candidates(stage("bilinear_corners"))[0] == "dense"
+    assert "dense fused" not in candidates(stage(device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize("fastest", ["dense", "dense fused", "sparse"])
+def test_the_fastest_is_taken(gpu, timed, fastest):
+    timed(**{fastest.replace(" ", "_"): 1.0})
+    assert measure.measured_layout(stage(), torch.float32) == fastest
+
+
+def test_times_are_remembered_by_gpu_and_shape(gpu, timed, monkeypatch):
+    seen = timed(sparse=1.0)
+    measure.measured_layout(stage(), torch.float32)
+    measure.measured_layout(stage(), torch.float32)
+    assert len(seen) == 1
+    measure.measured_layout(stage(pool=True), torch.float32)
+    assert len(seen) == 2
+    measure.memory_here(CUDA).save()
+    gpu("B")
+    measure.measured_layout(stage(), torch.float32)
+    assert len(seen) == 3
+    gpu("A")
+    monkeypatch.setattr(measure, "_memories", {})  # another process
+    assert measure.measured_layout(stage(), torch.float32) == "sparse"
+    assert measure.known_time(stage(), "sparse", torch.float32) == 1.0
+    assert len(seen) == 3
+    # The precision of PyTorch's convolutions is not that of another measurement.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32)
+    measure.measured_layout(stage(), torch.float32)
+    assert len(seen) == 4
+
+
+def test_references_are_not_measured(gpu, monkeypatch):
+    monkeypatch.setattr(layouts, "has_gpu_kernel", lambda operator: operator == "masked_conv2d_loaded")
+    assert measure.contenders(stage(), torch.float32) == ["dense", "dense fused"]
+    assert measure.contenders(stage("nearest"), torch.float32) == ["dense", "dense phases", "dense fused"]
+    # Kernels compute in float32; in double everything but PyTorch's convolution is a reference.
+    assert measure.contenders(stage(), torch.float64) == ["dense"]
+
+
+def test_a_measured_plan_of_a_network(gpu, monkeypatch):
+    """By a clock on which a layout's turn decides: what is measured runs where the network runs."""
+    steps = {"dense": 5.0, "dense phases": 4.0, "dense fused": 1.0}
+
+    class Turns(Clock):
+        def __init__(self, layout):
+            self._step, self._now = steps.get(layout, 7.0), 0.0
+
+        def mark(self):
+            self._now += self._step
+            return self._now
+
+    made = measure._Run.__init__
+
+    def with_turns(self, layout, *arguments):
+        made(self, layout, *arguments)
+        self._clock = Turns(layout)
+
+    monkeypatch.setattr(measure._Run, "__init__", with_turns)
+    net = sg.generators.Hourglass(in_channels=4, channels=(4, 6), seed=0).double()
+    z = sg.noise_input(4, (12, 12), seed=0).double()
+    monkeypatch.setattr(measure, "has_kernel", lambda layout, dtype: True)  # in double too
+    with PretendedGpu():
+        fast = compile_there(monkeypatch, net, scattered_mask(net, 0.6), z, plan="measure")
+    assert {s.layout for s in fast.plan.stages} == {"dense fused", "with its normalisation"}
+    assert {s.ms for s in fast.plan.stages} == {2000.0, None}
+
+
+def test_the_clock_of_a_gpu_waits_for_the_later_event(monkeypatch):
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            done.append(self)
+
+        def elapsed_time(self, later):
+            assert done[-1] is later
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    ticks = clock(CUDA)
+    assert isinstance(ticks, CudaClock)
+    assert ticks.seconds(ticks.mark(), ticks.mark()) == 0.25
+    assert len(done) == 1
+    assert not isinstance(clock(torch.device("cpu")), CudaClock)
