@@ -27,8 +27,8 @@ from rich.progress import Progress
 
 import sparse_gen as sg
 from sparse_gen.engine.functional import squared_errors, training_copy
-from sparse_gen.experiments.bench import WARM_UP, StepCase
-from sparse_gen.experiments.timing import Times, make_records, timed_round
+from sparse_gen.experiments.bench import StepCase
+from sparse_gen.experiments.timing import Times, make_records, timed_round, warm_up_rounds
 from sparse_gen.files import atomic_write
 from sparse_gen.masks.connectivity import probe_connectivity
 
@@ -132,9 +132,10 @@ class Comparison(pruning.Comparison):
             ours = case.ours(case.inputs())
             steps[group], plans[group] = ours.step, ours.module.plan
         times: Times = {}
-        for _ in range(WARM_UP + ROUNDS):
+        warm_up = warm_up_rounds("cpu")
+        for _ in range(warm_up + ROUNDS):
             timed_round(steps, times, "cpu", in_a_row=2)
-        counted = {group: measured[WARM_UP:] for group, measured in times.items()}
+        counted = {group: measured[warm_up:] for group, measured in times.items()}
         title = f"training step of {name}'s masks, depth {preset.depth}, {size}²"
         for record in make_records("groups", title, counted, device="cpu", error=None, facts={"size": size}):
             group = record["provider"]
