@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize quality pruning search-study bench gpu-check lint clean
+.PHONY: help demo test sanitize quality pruning groups lottery search-study bench gpu-check lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | awk -F'#' '{ printf "%-18s%s\n", $$1, $$2 }'
@@ -32,11 +32,17 @@ sanitize: $(INSTALLED)  ## run the C++ kernels under the address and undefined-b
 quality: $(INSTALLED)  ## compare the methods' PSNR over three seeds
 	$(BIN)/python bench/quality.py
 
-pruning: $(INSTALLED)  ## compare the ways to find a mask; REDUCED=1 at 128² and with few steps
+pruning: $(INSTALLED)  ## compare the ways to find a mask; REDUCED=1 with one seed and fewer steps
 	$(BIN)/python bench/pruning.py $(if $(REDUCED),--reduced)
 
 search-study: $(INSTALLED)  ## compare constants of the mask search; REDUCED=1 at 128²
 	$(BIN)/python bench/search_study.py $(if $(REDUCED),--reduced)
+
+groups: $(INSTALLED)  ## weigh PSNR against step time of masks in groups; REDUCED=1 at 128² and with few steps
+	$(BIN)/python bench/groups.py $(if $(REDUCED),--reduced)
+
+lottery: $(INSTALLED)  ## compare lottery tickets with the dense prior; REDUCED=1 at 64² and with few steps
+	$(BIN)/python bench/lottery.py $(if $(REDUCED),--reduced)
 
 bench: $(INSTALLED)  ## measure speed; ONLY="training and 512" a part of it, SAVE=1 to store the figures
 	$(BIN)/pytest bench/ $(if $(ONLY),-k "$(ONLY)") $(if $(SAVE),--save)

@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+import groups
+import lottery
 import pruning_report
 import quality
 import targets
@@ -26,7 +28,8 @@ COLORS = {"published": "tab:gray", "plain": "tab:orange", "compile": "tab:green"
 def _suites() -> list[str]:
     """Whole steps first, then the operators."""
     found = {path.stem.removesuffix("-cpu") for path in (BENCH / "results").glob("*-cpu.json")}
-    return ["end_to_end", *sorted(found - {"end_to_end", "quality", "import", "pruning", "search_study"})]
+    apart = {"end_to_end", "quality", "import", "pruning", "search_study", "groups", "lottery"}
+    return ["end_to_end", *sorted(found - apart)]
 
 
 def _records(name: str) -> list[dict]:
@@ -110,6 +113,8 @@ BLOCKS = {
     "targets": aims,
     "quality": lambda: quality.table(quality.load()),
     "pruning": lambda: pruning_report.table(_records("pruning-cpu")) or "not measured yet",
+    "groups": lambda: groups.table(_records("groups-cpu")) or "not measured yet",
+    "lottery": lambda: lottery.table(_records("lottery-cpu")) or "not measured yet",
     "speed": speed,
     "start": start,
 }

@@ -7,6 +7,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sparse_gen.tensorfile import read_tensors, write_tensors
 
 VERSION = 2  # 2: Adam's state of a compiled generator is one tensor for all experiments
 KEPT = 2
+_PART = "part-"
 
 
 class RunInterrupted(Exception):
@@ -27,6 +29,12 @@ class RunInterrupted(Exception):
 
 class OtherRunError(ValueError):
     """A checkpoint is of a run that differs from the one that is to be resumed."""
+
+
+class _Stop:
+    """Whether to stop, shared by a run and its parts."""
+
+    requested = False
 
 
 class Checkpoints:
@@ -46,13 +54,13 @@ class Checkpoints:
         if not seconds >= 0:
             raise ValueError(f"expected the seconds between checkpoints from 0 on, got {seconds}")
         self.folder, self.seconds, self.resume = Path(folder), seconds, resume
-        self._stop_requested = False
+        self._stop = _Stop()
         self._saved_at = self._began_at = time.monotonic()
         self._seconds_before: dict[str, float] = {}
 
     def request_stop(self) -> None:
         """Ask the run to store where it is and to raise `RunInterrupted`; safe to call in a signal handler."""
-        self._stop_requested = True
+        self._stop.requested = True
 
     def seconds_before(self, name: str) -> float:
         """What earlier sessions spent on the steps that a "search" or "fit" resumed from; 0 before it is loaded."""
@@ -97,7 +105,7 @@ class Checkpoints:
 
     def due(self, *, last: bool = False) -> bool:
         """Whether `store` would write now: it is time to, the run ends (`last`) or was asked to."""
-        return last or self._stop_requested or time.monotonic() - self._saved_at >= self.seconds
+        return last or self._stop.requested or time.monotonic() - self._saved_at >= self.seconds
 
     def store(
         self,
@@ -108,6 +116,7 @@ class Checkpoints:
         history: History,
         *,
         last: bool = False,
+        due: bool = False,
     ) -> None:
         """Write a checkpoint if it is time to, the run ends or was asked to.
 
@@ -118,12 +127,13 @@ class Checkpoints:
             state: gives the tensors to store; called only if they are.
             history: recorded so far.
             last: the run is complete.
+            due: it is time to, however long the last is ago.
 
         Raises:
             RunInterrupted: after writing, if `request_stop` was called and the run is not complete.
             OSError: the folder cannot be written; the checkpoints before stay.
         """
-        if not self.due(last=last):
+        if not (due or self.due(last=last)):
             return
         # Not made again: its disk may have been unmounted, and what is there now would be another one.
         if not self.folder.is_dir():
@@ -142,18 +152,31 @@ class Checkpoints:
         for old in self._newest_first(name)[KEPT:]:
             old.unlink(missing_ok=True)
         self._saved_at = time.monotonic()
-        if self._stop_requested and not last:
+        if self._stop.requested and not last:
             raise RunInterrupted(f"stopped after step {step} of the {name}, which is stored in {self.folder}")
 
     def plan(self, name: str) -> Path:
         """Where the plan of a "search" or "fit" is kept, which the run needs to go on with the same bits."""
         return self.folder / f"plan-{name}.json"
 
+    def part(self, name: str) -> Checkpoints:
+        """Those of a part of the run, such as a round of a search, in a folder of its own in this one.
+
+        Asking the whole run to stop stops its parts; clearing it clears them.
+        """
+        part = Checkpoints(self.folder / f"{_PART}{name}", seconds=self.seconds, resume=self.resume)
+        part._stop = self._stop
+        return part
+
     def clear(self) -> None:
         """Delete the checkpoints of this folder: the run they belong to is complete."""
         for name in ("search", "fit"):
             for path in [*self._newest_first(name), self.plan(name)]:
                 path.unlink(missing_ok=True)
+        for folder in self.folder.glob(f"{_PART}*"):
+            self.part(folder.name.removeprefix(_PART)).clear()
+            with suppress(OSError):  # it may hold a file of the user's
+                folder.rmdir()
 
     def _newest_first(self, name: str) -> list[Path]:
         pattern = re.compile(rf"{name}-\d{{9}}\.safetensors")

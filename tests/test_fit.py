@@ -149,3 +149,39 @@ def test_two_compiled_runs_give_the_same_bits():
     torch.set_num_threads(threads)
     assert all(map(torch.equal, *runs))
     assert not torch.equal(runs[0][2], sg.compile(net, random_mask(net, 0.2), z).values)
+
+
+def test_pixel_weight_is_the_weighted_mean_of_squared_errors():
+    """Adam on (1/N) Σ w·(x − y)², by a compiled and a plain module; what has no weight is free."""
+    z, y, clean = problem()
+    net = small_net().double()
+    z, y = z.double(), y.double()
+    weight = torch.rand(1, 1, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).round()
+    theirs, losses = small_net().double(), []
+    adam = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for _ in range(4):
+        loss = (weight * (theirs(z) - y).square()).sum() / y.numel()
+        losses.append(loss.item())
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    for module in (net, sg.compile(small_net().double(), example_input=z)):
+        free = torch.where(weight > 0, y, torch.rand_like(y))
+        run = sg.fit(module, z, free, steps=4, every=1, pixel_weight=weight, clean=clean.double())
+        assert run.history["loss"][:, 0].tolist() == pytest.approx(losses, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(1, 1, 3, 3), r"expected pixel_weight as a tensor that broadcasts to \(1, 3, .*got \(1, 1, 3, 3\)"),
+        (0.5, "expected pixel_weight as a tensor that broadcasts to .*, got float"),
+        (torch.ones(1, 1, 1, 1, dtype=torch.float64), "expected pixel_weight as torch.float32 on cpu like y"),
+        (torch.zeros(1, 1, 1, 1), "above 0 somewhere, got values from 0 to 0"),
+        (-torch.ones(1, 1, 1, 1), "finite and from 0 on, above 0 somewhere, got values from -1 to -1"),
+    ],
+)
+def test_bad_pixel_weights(weight, message):
+    z, y, _ = problem()
+    with pytest.raises(ValueError, match=message):
+        sg.fit(small_net(), z, y, steps=1, pixel_weight=weight)

@@ -5,6 +5,7 @@ import torch
 from tiny import flat_mask, tiny_net, tiny_problem, weights_of
 
 import sparse_gen as sg
+from sparse_gen.checkpoint import Checkpoints, OtherRunError, RunInterrupted
 
 TOTAL = 71
 WHOLE = 11
@@ -152,3 +153,92 @@ def test_with_skip_at_its_defaults():
     assert all(len(keep.shape) == 4 for keep in result.mask.tensors.values())
     assert result.settings["rounds"] == 2
     assert result.connected
+
+
+def test_pixels_without_weight_do_not_count():
+    """An image that is wrong where nothing was measured gives the same mask, and another one where it counts."""
+    z, y = tiny_problem()
+    weight = torch.ones_like(y[:, :1])
+    weight[..., ::2] = 0
+    wrong = torch.where(weight > 0, y, torch.zeros_like(y))
+    find = [
+        sg.masks.find("imp", tiny_net(), z, image, density=0.5, steps=STEPS, lr=LR, pixel_weight=given)
+        for image, given in ((y, weight), (wrong, weight), (wrong, None))
+    ]
+    kept = [flat_mask(found.mask) for found in find]
+    assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
+    assert torch.equal(find[0].history["loss"], find[1].history["loss"])
+    assert len(find[0].settings["pixel_weight"]) == 64 and "pixel_weight" not in find[2].settings
+
+
+def test_history_tells_the_clean_image_and_the_average():
+    _, y = tiny_problem()
+    result = find(clean=y, average=0.9, every=4)
+    assert set(result.history.columns) == {"loss", "psnr", "psnr_average"}
+    mse = 10 ** (-result.history["psnr"] / 10)
+    # PSNR is taken of the output in [0, 1] against y itself: the loss, in double.
+    torch.testing.assert_close(mse, result.history["loss"], rtol=1e-6, atol=0)
+
+
+def test_every_training_tells_its_layouts_and_flops():
+    result = find(rewind=5, plan="rule")
+    assert len(result.settings["layouts"]) == len(result.settings["flops"]) == 5
+    assert result.settings["flops"] == sorted(result.settings["flops"], reverse=True)
+    assert result.settings["flops"][0] == result.settings["flops"][1] > result.settings["flops"][-1] > 0
+    assert result.mask.recipe["search"]["layouts"] == result.settings["layouts"]
+    with pytest.raises(ValueError, match="expected plan as None, 'measure' or 'rule', as every round has its own"):
+        find(plan="m.json")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [3, 12, 14, 37])
+@pytest.mark.parametrize("rewind", [0, 5])
+def test_a_kill_loses_no_round_and_no_bit(tmp_path, rewind, killed_at):
+    """Killed in the first round, at its end, in the second and in the last, and gone on with."""
+    whole = find(plan="rule", rewind=rewind, every=1)
+    seen = []
+
+    def progress(step, total, values):
+        seen.append(step)
+        if len(seen) == killed_at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        find(plan="rule", rewind=rewind, every=1, progress=progress, checkpoints=Checkpoints(tmp_path))
+    done = seen[-1] - 1
+    seen.clear()
+    resumed = find(
+        plan="rule",
+        rewind=rewind,
+        every=1,
+        progress=lambda step, *_: seen.append(step),
+        checkpoints=Checkpoints(tmp_path, resume=True),
+    )
+    lengths = [rewind] * bool(rewind) + [STEPS] + [STEPS - rewind] * 3
+    ends = [sum(lengths[:n]) for n in range(len(lengths))]
+    assert seen[0] == max(end for end in ends if end <= done) + 1  # finished rounds are not done again
+    assert torch.equal(flat_mask(resumed.mask), flat_mask(whole.mask))
+    assert all(torch.equal(v, resumed.mask.weights[n]) for n, v in whole.mask.weights.items())
+    assert resumed.history.step == whole.history.step
+    assert torch.equal(resumed.history["loss"], whole.history["loss"])
+    assert resumed.settings == whole.settings
+
+
+def test_a_stop_is_stored_at_once_and_a_finished_search_is_only_read(tmp_path):
+    first = Checkpoints(tmp_path)
+    with pytest.raises(RunInterrupted, match="after step 5 of the fit"):
+        find(every=1, progress=lambda step, *_: step == 5 and first.request_stop(), checkpoints=first)
+    seen = []
+    result = find(every=1, progress=lambda step, *_: seen.append(step), checkpoints=Checkpoints(tmp_path, resume=True))
+    assert seen[0] == 6 and torch.equal(flat_mask(result.mask), flat_mask(find().mask))
+    again = find(
+        progress=lambda *_: pytest.fail("trained again"), every=1, checkpoints=Checkpoints(tmp_path, resume=True)
+    )
+    assert torch.equal(flat_mask(again.mask), flat_mask(result.mask))
+    with pytest.raises(OtherRunError, match=r"has lr = 0\.01, got 0\.02"):
+        find(lr=0.02, every=1, checkpoints=Checkpoints(tmp_path, resume=True))
+    Checkpoints(tmp_path).clear()
+    assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import sparse_gen as sg
+from sparse_gen.checkpoint import Checkpoints
 from sparse_gen.cli import main
 
 WIDTH, HEIGHT = 48, 40
@@ -123,6 +124,30 @@ def test_find_shares_a_mask_between_images(files, tmp_path):
     assert len(set(recipe["image_sha256"])) == 2
 
 
+@pytest.mark.parametrize("method", ["oes", "imp"])
+def test_a_search_that_was_interrupted_goes_on(files, tmp_path, capsys, monkeypatch, method):
+    """A signal after a while, as a stop that is asked for; then the same file as without it, and nothing beside it."""
+    steps = ["--method", method, "--sigma", "0.1", "--steps", "8"]
+    assert find(files, tmp_path / "whole", *steps) == 0
+    store = Checkpoints.store
+
+    def stopping(self, name, identity, step, *args, **kwargs):
+        if step == 6:
+            self.request_stop()
+        store(self, name, identity, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "store", stopping)
+        assert find(files, tmp_path / "cut", *steps) == 130
+    assert "stopped after step 6" in (said := capsys.readouterr().err)
+    assert said.rstrip().endswith("go on with the same command and --resume")
+    assert not (tmp_path / "cut").exists()
+    assert find(files, tmp_path / "cut", *steps, "--resume") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+    whole, cut = (sg.Mask.load(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(keep, cut.tensors[name]) for name, keep in whole.tensors.items())
+
+
 @pytest.mark.filterwarnings("ignore::sparse_gen.DisconnectedMaskWarning")
 def test_find_as_published_and_by_layer_with_a_floor(files, tmp_path):
     assert find(files, tmp_path / "a", "--method", "snip", "--variant", "as_published") == 0
@@ -145,6 +170,7 @@ def test_find_as_published_and_by_layer_with_a_floor(files, tmp_path):
         (["--target", "clean"],
          "target: expected noisy where no sigma is given, got clean, give a sigma or leave it out"),
         (["--density", "5"], "density: expected a number in (0, 1], got 5, did you mean 5 % = 0.05?"),
+        (["--resume"], "resume: expected an interrupted search in {o}.unfinished, got none, leave --resume out"),
         (["--group", "8"], "expected group as 'weight', 'kernel', 'filter', or a block of output × input channels such "
          "as '8x1' or (8, 1), got '8'"),
         (["--settle", "5"], "settle: expected a share from 0 to below 1, got 5, 0.05 is 5 %"),
@@ -159,7 +185,8 @@ def test_find_as_published_and_by_layer_with_a_floor(files, tmp_path):
 def test_find_refuses_in_one_line(files, tmp_path, capsys, options, message):
     given = [option.replace("{f}", str(files)) for option in options]
     assert find(files, tmp_path / "m", *given) == 2
-    assert capsys.readouterr().err == f"error: {message.replace('{f}', str(files))}\n"
+    message = message.replace("{f}", str(files)).replace("{o}", str(tmp_path / "m"))
+    assert capsys.readouterr().err == f"error: {message}\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,24 @@ def test_methods_get_the_same_measurement_input_and_weights(images):
             assert all(map(torch.equal, first, other))
     noisy = [same[0][0] for same in posed.values()]
     assert len({hashlib.sha256(y.numpy().tobytes()).hexdigest() for y in noisy}) == 4  # image × seed
+
+
+def test_every_way_to_find_a_mask_has_the_budget(images):
+    finding = {"scope": "layer", "floor": 2}
+    methods = {
+        "magnitude": finding, "snip": finding, "grasp": {}, "synflow": {"rounds": 7},
+        "lottery": {"method": "imp", "search_steps": 13, "rounds": 3},
+    }  # fmt: skip
+    unfolded = plan(images, methods={name: {"lr": 1e-2, **options} for name, options in methods.items()}, seeds=[0])
+    experiments = {e.method: e for e in unfolded.unfold()}
+    found = {name: e.search_steps for name, e in experiments.items()}
+    assert found == {"magnitude": 0, "snip": 1, "grasp": 2, "synflow": 7, "lottery": 12}
+    assert all(e.search_steps + e.config.steps == 20 for e in experiments.values())
+    assert experiments["snip"].finding == finding and experiments["lottery"].finding == {"rounds": 3}
+    assert len({e.key for e in experiments.values()}) == 5
+    again = plan(images, methods={"snip": {"lr": 1e-2, "floor": 3}}, seeds=[0]).unfold()[0]
+    assert again.key not in {e.key for e in experiments.values()}
+    assert Experiment.from_plain(json.loads(json.dumps(again.plain()))) == again
 
 
 def test_no_option_of_a_method_reaches_what_is_shared(images):
@@ -151,8 +170,9 @@ BAD = {
         "methods.D.lr: expected a number above 0, got 'x', give a positive number",
     ),
     "unknown method": (
-        {"methods": {"snip": {"lr": 1}}},
-        "methods.snip.method: expected oes, dense or random, got 'snip', use one of them",
+        {"methods": {"snap": {"lr": 1}}},
+        "methods.snap.method: expected oes, dense, random, magnitude, snip, grasp, synflow or imp, got 'snap', use one "
+        "of them",
     ),
     "unknown option": (
         {"methods": {"OES": {**OES, "serach_lr": 1}}},
@@ -162,6 +182,27 @@ BAD = {
         {"methods": {"dense": {"lr": 1, "temperature": 1}}},
         "methods.dense: expected an option of the method dense, got 'temperature', use method, lr, stop, stop_window, "
         "stop_patience, stop_alpha, run_on, average, input_jitter",
+    ),
+    "rounds": (
+        {"methods": {"synflow": {"lr": 1, "rounds": 0}}},
+        "methods.synflow.rounds: expected a whole number from 1 to 1,000,000, got 0, give one in that range",
+    ),
+    "rounds over the budget": (
+        {"methods": {"synflow": {"lr": 1}}},
+        "methods.synflow.search_steps: expected fewer than the budget of 20 steps, got 100, leave some for the "
+        "training",
+    ),
+    "rounds over the steps": (
+        {"methods": {"imp": {"lr": 1, "search_steps": 3}}},
+        "methods.imp.search_steps: expected at least one for each of 5 rounds, got 3, raise it",
+    ),
+    "scope": (
+        {"methods": {"snip": {"lr": 1, "scope": "local"}}},
+        "methods.snip.scope: expected global or layer, got 'local', use one of them",
+    ),
+    "floor": (
+        {"methods": {"snip": {"lr": 1, "floor": 1.5}}},
+        "methods.snip.floor: expected a count of weights or a share in (0, 1), got 1.5, give one of them",
     ),
     "run_on": (
         {"methods": {"dense": {"lr": 1, "run_on": "yes"}}},

@@ -172,6 +172,42 @@ def test_what_is_measured_is_what_the_library_gives(plan_file, unkilled, one_thr
         assert (found["threads"], found["device"], found["connected"]) == (1, "cpu", True)
 
 
+def test_masks_of_other_methods_are_those_of_find(plan_file, tmp_path, one_thread):
+    """One experiment each, in this process; a network that a mask cuts is an error."""
+    from sparse_gen.experiments.denoise import DisconnectedError
+    from sparse_gen.experiments.methods import run_experiment
+
+    options = {
+        "magnitude": {}, "snip": {"scope": "layer"}, "grasp": {"floor": 3}, "synflow": {"rounds": 4},
+        "imp": {"search_steps": 9, "rounds": 2},
+    }  # fmt: skip
+    methods = {name: {"lr": 1e-2, **own} for name, own in options.items()}
+    plan = Plan.load(plan_file).replace(
+        methods=methods, sigmas=[0.1], seeds=[0], images=[str(plan_file.parent / "a.png")]
+    )
+    asked = {
+        **options, "imp": {"steps": 4, "schedule": [0.5**0.5, 0.5], "lr": 1e-2, "every": 4, "plan": "rule"},
+    }  # fmt: skip
+    spent = {"magnitude": 0, "snip": 1, "grasp": 2, "synflow": 4, "imp": 8}
+    for e in plan.unfold():
+        seen = []
+        found = run_experiment(e, Checkpoints(tmp_path / e.method), lambda done, total, seen=seen: seen.append(done))
+        clean = read_image(e.config.image).pixels
+        y, z = sg.inverse.add_noise(clean, 0.1, seed=0), sg.noise_input(32, (24, 28), seed=0)
+        net = sg.generators.Hourglass(channels=(4, 6), depth=2, seed=0)
+        mask = sg.masks.find(e.method, net, z, y, density=0.5, **asked[e.method]).mask
+        steps = 24 - spent[e.method]
+        run = sg.fit(sg.compile(net, mask, z, plan="rule"), z, y, steps=steps, lr=1e-2)
+        assert found["psnr_last"] == sg.fitting.psnr(run.image, clean).item()
+        assert (found["steps_search"], found["steps_fit"]) == (24 - steps, steps)
+        assert found["kept"] == mask.kept == found["total"] // 2
+        assert seen == sorted(seen) and seen[-1] == 24
+
+    sparse = plan.replace(densities=[0.15], methods={"magnitude": {"lr": 1e-2, "prunable": "all"}}).unfold()[0]
+    with pytest.raises(DisconnectedError, match="expected one that lets a signal through"):
+        run_experiment(sparse, Checkpoints(tmp_path / "sparse"))
+
+
 def test_a_rule_selects_the_same_whether_it_ends_the_run_or_not(plan_file, tmp_path):
     from sparse_gen.experiments.methods import run_experiment
 

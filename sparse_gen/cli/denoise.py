@@ -74,6 +74,10 @@ def command(
         _option("clip", "Clip the noisy image to 0 to 1.", "clip", "--clip/--no-clip"),
     ] = None,
     density: Annotated[float | None, _number("density", "Fraction of the parameters to keep.")] = None,
+    mask: Annotated[
+        Path | None,
+        _option("mask", "Mask file to take instead of searching, with the weights that it holds.", "a search"),
+    ] = None,
     search_steps: Annotated[int | None, _number("search_steps", "Steps of the mask search.")] = None,
     steps: Annotated[int | None, _number("steps", "Steps of the training after it.")] = None,
     stop: Annotated[
@@ -111,6 +115,7 @@ def command(
         "sigma": sigma,
         "clip": clip,
         "density": density,
+        "mask": None if mask is None else str(mask),
         "search_steps": search_steps,
         "steps": steps,
         "stop": stop,
@@ -132,6 +137,11 @@ def command(
         settings = merge_settings(settings_of(output).plain(), settings)
     elif settings.get("image") is None:
         raise ValueError("image: expected a PNG, JPEG or TIFF file, got none, name one or a --config that does")
+    idle = [f"--{name.replace('_', '-')}" for name in ("density", "search_steps") if given[name] is not None]
+    if settings.get("mask") is not None and idle:
+        raise ValueError(
+            f"mask: expected nothing about a search beside a mask, got {' and '.join(idle)}, leave one out"
+        )
     plans = None if config is None or not _changes_nothing(file, given) else config.with_name(PLANS)
     _run(DenoiseConfig.from_mapping(settings), output, overwrite, resume, checkpoint_seconds, plans)
 
@@ -147,6 +157,8 @@ def merge_settings(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     merged = file | {name: value for name, value in given.items() if value is not None}
     if given.get("image") is not None:
         merged.pop("image_sha256", None)  # it was that of the file's image
+    if given.get("mask") is not None:
+        merged.pop("mask_sha256", None)
     return merged
 
 

@@ -10,6 +10,7 @@ import typer
 from sparse_gen.cli.denoise import merge_settings, read_number
 from sparse_gen.cli.errors import one_line_errors
 from sparse_gen.cli.mask_files import Output, Overwrite
+from sparse_gen.cli.signals import Interrupted, stop_on_signal
 
 EXAMPLE = "Example: sparse-gen mask find photo.png --method snip --sigma 0.1 -o snip.safetensors"
 
@@ -70,8 +71,15 @@ def find(
         bool, typer.Option("--store-logits", help="oes: store the logits too, 4 bytes a weight.")
     ] = False,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="oes, imp: go on with the search of this output that was interrupted.")
+    ] = False,
 ) -> None:
-    """Find which weights to keep, by any method, and write them as a mask file."""
+    """Find which weights to keep, by any method, and write them as a mask file.
+
+    Searches of oes and imp store where they are beside OUTPUT, every minute and after every round.
+    """
+    from sparse_gen.checkpoint import Checkpoints, RunInterrupted
     from sparse_gen.cli.progress import StageBars
     from sparse_gen.experiments import DenoiseConfig
     from sparse_gen.experiments.find_mask import MaskRequest, find_mask
@@ -94,11 +102,18 @@ def find(
         settle=settle,
         options={name: value for name, value in own.items() if value is not None},
     )  # fmt: skip
-    with StageBars() as bars:
-        result = find_mask(
-            DenoiseConfig.from_mapping(settings), request, output, more_images=images[1:], overwrite=overwrite,
-            progress=lambda step, total, metrics: bars("search", step, total, metrics),
-        )  # fmt: skip
+    folder = output.with_name(f"{output.name}.unfinished")
+    if resume and not folder.is_dir():
+        raise ValueError(f"resume: expected an interrupted search in {folder}, got none, leave --resume out")
+    checkpoints = Checkpoints(folder, resume=resume)
+    with stop_on_signal(checkpoints.request_stop) as received, StageBars() as bars:
+        try:
+            result = find_mask(
+                DenoiseConfig.from_mapping(settings), request, output, more_images=images[1:], overwrite=overwrite,
+                checkpoints=checkpoints, progress=lambda step, total, metrics: bars("search", step, total, metrics),
+            )  # fmt: skip
+        except RunInterrupted as error:
+            raise Interrupted(received.code, f"{error}; go on with the same command and --resume") from None
     if settle is not None:
         steps = result.settings["steps"]
         if result.settled_at is None:

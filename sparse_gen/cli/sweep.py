@@ -34,7 +34,9 @@ A plan is a YAML file, such as
 
 \b
 {PLAN}
-All methods get the same noisy images, network inputs and initial weights, and the same number of steps.
+Methods are dense, oes, imp, magnitude, random, snip, grasp and synflow, with the options prunable, scope and floor, and
+rounds of imp and synflow. All get the same noisy images, network inputs and initial weights, and the same number of
+steps; those that finding a mask takes, or passes over the network, are part of it.
 
 What is done is skipped, so the same command goes on with a sweep that was stopped or killed.
 """.replace("[", "\\[")  # to rich, [ begins markup

@@ -49,6 +49,27 @@ def _check_pair(image: torch.Tensor, z: torch.Tensor, name: str, beyond: float) 
         raise ValueError(f"expected {name} in [0, 1], got values from {low:.3g} to {high:.3g}, scale it (8 bit: /255)")
 
 
+def check_pixel_weight(weight: torch.Tensor, y: torch.Tensor) -> None:
+    """Raise ValueError unless it can weight the squared errors to y, (E, C, H, W)."""
+    fits = (
+        isinstance(weight, torch.Tensor)
+        and weight.ndim == 4
+        and all(own in (1, wanted) for own, wanted in zip(weight.shape, y.shape, strict=True))
+    )
+    if not fits:
+        got = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
+        raise ValueError(f"expected pixel_weight as a tensor that broadcasts to {tuple(y.shape)}, got {got}")
+    if weight.dtype != y.dtype or weight.device != y.device:
+        raise ValueError(
+            f"expected pixel_weight as {y.dtype} on {y.device} like y, got {weight.dtype} on {weight.device}"
+        )
+    if not (weight.isfinite().all() and (weight >= 0).all() and (weight > 0).any()):
+        raise ValueError(
+            "expected pixel_weight finite and from 0 on, above 0 somewhere, got values from "
+            f"{weight.min().item():g} to {weight.max().item():g}"
+        )
+
+
 def check_output(output: torch.Tensor, y: torch.Tensor) -> None:
     """Raise ValueError if the network's output is not of the image's shape."""
     if output.shape[1:] != y.shape[1:]:

@@ -32,6 +32,8 @@ class DenoiseConfig:
             None takes the image as noisy already.
         clip: whether the noisy image is clipped to [0, 1].
         density: fraction of all parameters kept, in (0, 1].
+        mask: path of a mask that is taken instead of searching one; `density` and the search's settings are then idle.
+        mask_sha256: of that file's bytes; a run refuses another file. None accepts any.
         search_steps: steps of the mask search.
         search_lr: Adam's learning rate on the logits.
         kl_weight: weight of the KL term that pulls every probability to `prior`.
@@ -71,6 +73,8 @@ class DenoiseConfig:
     sigma: float | None = None
     clip: bool = True
     density: float = 0.05
+    mask: str | None = None
+    mask_sha256: str | None = None
     search_steps: int = 1000
     search_lr: float = 5e-2
     kl_weight: float = 1e-7
@@ -185,7 +189,9 @@ def _number(
     return check
 
 
-def _integer(least: int, most: int) -> Callable[[str, Any], int]:
+def integer(least: int, most: int) -> Callable[[str, Any], int]:
+    """A check that a value is a whole number in a range."""
+
     def check(name: str, value: Any) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
@@ -194,6 +200,13 @@ def _integer(least: int, most: int) -> Callable[[str, Any], int]:
         )
 
     return check
+
+
+def floor_check(name: str, value: Any) -> int | float:
+    """A floor of `masks.find`: a count of weights, or a share of a layer."""
+    if _is_number(value) and value > 0 and (isinstance(value, int) or value < 1):
+        return value
+    raise ValueError(f"{name}: expected a count of weights or a share in (0, 1), got {show(value)}, give one of them")
 
 
 def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
@@ -212,10 +225,17 @@ def _path(name: str, value: Any) -> str:
     raise ValueError(f"{name}: expected the path of a PNG, JPEG or TIFF, got {show(value)}, name one")
 
 
+def _mask(name: str, value: Any) -> str:
+    if isinstance(value, (str, os.PathLike)) and os.fspath(value):
+        return os.fspath(value)
+    raise ValueError(f"{name}: expected the path of a mask file, got {show(value)}, name one or leave it out")
+
+
 def _digest(name: str, value: Any) -> str:
     if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
         return value
-    raise ValueError(f"{name}: expected 64 hexadecimal digits, got {show(value)}, remove it to accept any image")
+    what = name.removesuffix("_sha256")
+    raise ValueError(f"{name}: expected 64 hexadecimal digits, got {show(value)}, remove it to accept any {what}")
 
 
 def choice(*choices: str) -> Callable[[str, Any], str]:
@@ -262,8 +282,8 @@ _above_zero = _number("a number above 0", lambda v: v > 0, "give a positive numb
 _from_zero = _number("a number from 0", lambda v: v >= 0, "give 0 or a positive number")
 _fraction = _number("a number in (0, 1)", lambda v: 0 < v < 1, "leave it out")
 # Far above anything that fits a machine; without a bound a slip of the finger asks for terabytes.
-_steps = _integer(1, 10**9)
-_width = _integer(1, 4096)
+_steps = integer(1, 10**9)
+_width = integer(1, 4096)
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "image": _path,
@@ -271,6 +291,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "sigma": _optional(_number("a number in [0, 1]", lambda v: 0 <= v <= 1, _sigma_advice)),
     "clip": _flag,
     "density": _number("a number in (0, 1]", lambda v: 0 < v <= 1, _density_advice),
+    "mask": _optional(_mask),
+    "mask_sha256": _optional(_digest),
     "search_steps": _steps,
     "search_lr": _above_zero,
     "kl_weight": _from_zero,
@@ -280,18 +302,18 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "steps": _steps,
     "lr": _above_zero,
     "stop": _stop,
-    "stop_window": _integer(2, 10**6),
+    "stop_window": integer(2, 10**6),
     "stop_patience": _steps,
     "stop_alpha": _fraction,
     "average": _optional(_fraction),
     "input_jitter": _from_zero,
-    "rings": _optional(_integer(1, 1000)),
+    "rings": _optional(integer(1, 1000)),
     "every": _steps,
-    "seed": _integer(0, 2**63 - 1),
+    "seed": integer(0, 2**63 - 1),
     "device": check_device,
-    "threads": _optional(_integer(1, 1024)),
+    "threads": _optional(integer(1, 1024)),
     "generator": choice(*GENERATORS),
-    "depth": _optional(_integer(1, 16)),
+    "depth": _optional(integer(1, 16)),
     "channels": _optional(_channels),
     "input_channels": _optional(_width),
     "input_scale": _above_zero,

@@ -90,7 +90,7 @@ def denoise(
     on_start: Callable[[Start], None] | None = None,
     progress: StageProgress | None = None,
 ) -> DenoiseResult:
-    """Restore the photograph of `config` by OES and write the results into a folder.
+    """Restore the photograph of `config` by OES, or with a stored mask, and write the results into a folder.
 
     Args:
         config: every setting; with `sigma` the photograph is taken as clean, and noise is added.
@@ -109,8 +109,8 @@ def denoise(
         `DenoiseResult`.
 
     Raises:
-        ValueError: if the image, the device, the depth or the density does not do, or the memory, or if there is
-            nothing to resume, or a run with other settings, or if the plans cannot run here.
+        ValueError: if the image, the device, the depth, the density or the mask does not do, or the memory, or if
+            there is nothing to resume, or a run with other settings, or if the plans cannot run here.
         DisconnectedError: if the mask disconnects the network and `config.force` is not set.
         FloatingPointError: if a loss stops being finite; the step is named.
         OSError: if a file cannot be read or written.
@@ -133,10 +133,12 @@ def denoise(
     )
     from sparse_gen.experiments.stage_plans import read_plans
     from sparse_gen.experiments.stages import last_output, psnr_curve, search, train
+    from sparse_gen.experiments.stored_mask import digest, stored_mask
 
     given = {} if plans is None else read_plans(plans)
     device = resolve_device(config.device)
-    photograph = read_image(config.image, lambda shape: check_memory(config, shape, device))
+    searches = config.mask is None
+    photograph = read_image(config.image, lambda shape: check_memory(config, shape, device, search=searches))
     check_same_image(config, photograph)
     image = photograph.pixels.to(device)
     size = tuple(image.shape[-2:])
@@ -153,7 +155,12 @@ def denoise(
 
         problem = pose(config, image)
         config = config.replace(**network_settings(problem.net))
-        check_density(config, problem.net)
+        stored = None if searches else stored_mask(problem, config)
+        if stored is None:
+            check_density(config, problem.net)
+        else:
+            path = Path(config.mask).resolve()
+            config = config.replace(mask=str(path), mask_sha256=digest(path), density=stored.mask.density)
         _check_image_survives(photograph.path, Path(output))
         folder = claim(Path(output), overwrite, checkpoints)
         resumed_at = None
@@ -166,10 +173,10 @@ def denoise(
             config=config,
             precision=precision_in_use(device),
             size=size,
-            kept=math.floor(config.density * total),
+            kept=math.floor(config.density * total) if stored is None else stored.mask.kept,
             total=total,
             measured=image.numel(),
-            seconds=_estimate_seconds(problem, config, resumed_at),
+            seconds=_estimate_seconds(problem, config, resumed_at, stored),
             resumed_at=resumed_at,
         )
         if on_start is not None:
@@ -178,7 +185,7 @@ def denoise(
             begin(config, checkpoints)
 
         clock = time.perf_counter()
-        found = search(problem, config, plan=given.get("search"), checkpoints=checkpoints, progress=progress)
+        found = stored or search(problem, config, plan=given.get("search"), checkpoints=checkpoints, progress=progress)
         seconds_search = time.perf_counter() - clock + _seconds_before(checkpoints, "search")
         check_connected(found, config)
         untrained = sg.masked_output(problem.net, problem.z, found.mask)
@@ -219,9 +226,10 @@ def _check_image_survives(image: Path, folder: Path) -> None:
 def check_connected(found, config: DenoiseConfig) -> None:
     """Raise DisconnectedError if the mask disconnects the network and `config.force` is not set."""
     if not found.connected and not config.force:
+        advice = "raise search_steps or density" if config.mask is None else "name another"
         raise DisconnectedError(
             f"mask: expected one that lets a signal through, got one that stops it at "
-            f"{found.disconnected_at}, raise search_steps or density, or train on with force"
+            f"{found.disconnected_at}, {advice}, or train on with force"
         )
 
 
@@ -229,7 +237,9 @@ def _seconds_before(checkpoints: Checkpoints | None, stage: str) -> float:
     return 0.0 if checkpoints is None else checkpoints.seconds_before(stage)
 
 
-def _estimate_seconds(problem: Problem, config: DenoiseConfig, done: tuple[str, int] | None) -> float:
+def _estimate_seconds(
+    problem: Problem, config: DenoiseConfig, done: tuple[str, int] | None, stored: sg.SearchResult | None
+) -> float:
     """What the run will take, from a few real steps of the search and of the fit.
 
     The fastest of them counts: what else the machine does only ever adds to a step.
@@ -242,7 +252,7 @@ def _estimate_seconds(problem: Problem, config: DenoiseConfig, done: tuple[str, 
         times[stage].append(time.perf_counter())
 
     short = config.replace(search_steps=_TIMED_STEPS, steps=_TIMED_STEPS, every=1, rings=None, force=False)
-    mask = search(problem, short, progress=note).mask
+    mask = (stored or search(problem, short, progress=note)).mask
     # The mask of a few steps is not the run's: what is measured of it would serve nobody.
     train(dataclasses.replace(problem, clean=None), mask, short, plan="rule", progress=note)
     left = {"search": config.search_steps, "fit": config.steps}
@@ -251,7 +261,7 @@ def _estimate_seconds(problem: Problem, config: DenoiseConfig, done: tuple[str, 
         left[stage] -= steps
         if stage == "fit":
             left["search"] = 0
-    return sum(left[stage] * min(after - before for before, after in pairwise(t)) for stage, t in times.items())
+    return sum(left[stage] * min(after - before for before, after in pairwise(t)) for stage, t in times.items() if t)
 
 
 def _quality(
@@ -282,7 +292,9 @@ def _provenance(start: Start) -> dict[str, Any]:
 
     config = start.config
     return {
-        "search_steps": config.search_steps,
+        "search_steps": config.search_steps if config.mask is None else 0,
+        "mask": config.mask,
+        "mask_sha256": config.mask_sha256,
         "steps": config.steps,
         "seed": config.seed,
         "device": config.device,
@@ -344,9 +356,10 @@ def _title(name: str, config: DenoiseConfig, metrics: dict[str, Any]) -> str:
     name = name if len(name) <= 40 else f"{name[:18]}…{name[-18:]}"
     noise = "" if config.sigma is None else f", σ = {config.sigma:.3g}"
     network = "" if config.generator == "hourglass" else f"{config.generator}, "
+    found = f"{config.search_steps} search" if config.mask is None else "stored mask"
     stop = "" if config.stop == "none" else f" at most, {config.stop.upper()}"
     return (
         f"{name}, {metrics['image_width']} × {metrics['image_height']}{noise}, "
         f"{network}density {metrics['kept'] / metrics['total']:.3g}, depth {config.depth}, "
-        f"{config.search_steps} search + {config.steps} training steps{stop}, seed {config.seed}"
+        f"{found} + {config.steps} training steps{stop}, seed {config.seed}"
     )

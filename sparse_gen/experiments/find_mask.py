@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from sparse_gen.files import claim_file
 if TYPE_CHECKING:
     import torch
 
+    from sparse_gen.checkpoint import Checkpoints
     from sparse_gen.masks.search import SearchResult
 
 TARGETS = ("noisy", "clean")
@@ -59,6 +61,7 @@ def find_mask(
     *,
     more_images: Sequence[str | os.PathLike[str]] = (),
     overwrite: bool = False,
+    checkpoints: Checkpoints | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> SearchResult:
     """Find a mask for the photograph of `config` and write its file.
@@ -70,6 +73,7 @@ def find_mask(
         more_images: with "imp", further photographs of the same size for one shared mask. The noise of the i-th has the
             seed `config.seed` + i.
         overwrite: whether a file that is there may be replaced.
+        checkpoints: where "oes" and "imp" store their state, and whether to go on from there; cleared at the end.
         progress: called with (step, steps, latest values).
 
     Returns:
@@ -79,6 +83,7 @@ def find_mask(
         ValueError: an image, the device, the depth or the density does not do, or the memory, or an argument of
             `masks.find`.
         OSError: a file cannot be read or written.
+        RunInterrupted: `checkpoints.request_stop()` was called.
 
     Warns:
         DisconnectedMaskWarning: the mask cuts the network.
@@ -104,6 +109,8 @@ def find_mask(
         listed = ", ".join(f"{path} of {shape[3]} × {shape[2]}" for shape, path in shapes.items())
         raise ValueError(f"image: expected images of one size and kind, got {listed}, crop them")
     file = claim_file(Path(output), overwrite)
+    if checkpoints is not None and not checkpoints.resume:
+        checkpoints.clear()  # of an earlier search, if any
     with use_threads(config.threads):
         image = photographs[0].pixels.to(device)
         config = config.replace(
@@ -133,12 +140,21 @@ def find_mask(
             variant=request.variant,
             recipe=recipe,
             progress=progress,
-            **(_options(config, request, len(targets)) | request.options | rule),
+            **(_options(config, request, len(targets)) | request.options | rule | _stored(request, checkpoints)),
         )
         if request.store_logits:
             result.mask.logits = result.logits
         result.mask.save(file)
+    if checkpoints is not None:
+        checkpoints.clear()
+        with suppress(OSError):  # it was never made, or holds a file of the user's
+            checkpoints.folder.rmdir()
     return result
+
+
+def _stored(request: MaskRequest, checkpoints: Checkpoints | None) -> dict[str, Any]:
+    """Methods that take no steps have nothing to store."""
+    return {} if checkpoints is None or request.method not in ("oes", "imp") else {"checkpoints": checkpoints}
 
 
 def _target(config: DenoiseConfig, request: MaskRequest, image: torch.Tensor, number: int) -> torch.Tensor:

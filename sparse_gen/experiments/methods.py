@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from sparse_gen.experiments.problem import (
     pose_together,
     selected_step,
 )
-from sparse_gen.experiments.stages import StageProgress, last_output, psnr_curve, search, train
+from sparse_gen.experiments.stages import StageProgress, last_output, psnr_curve, recipe_of, search, train
 from sparse_gen.experiments.together import stacked_masks
 from sparse_gen.fitting import FitResult
 from sparse_gen.masks.random import random_mask
@@ -37,6 +38,8 @@ from sparse_gen.masks.random import random_mask
 # Not measured: an experiment of a sweep has the same bits alone, in any order, beside other processes that disturb a
 # measurement, and after a kill. A stored plan could not give that, as every experiment has stages of its own.
 _PLAN = "rule"
+# What takes a gradient of all weights at once.
+_SEARCHING = ("oes", "snip", "grasp", "synflow")
 
 
 class Watched:
@@ -122,6 +125,10 @@ def run_experiments(
                 for own, experiment in zip(problems, experiments, strict=True)
             ]
             mask = masks[0] if number == 1 else stacked_masks(masks)
+        elif first.kind != "dense":
+            found = _find(problem, first, config, checkpoints, note)
+            check_connected(found, config)
+            mask, connected = found.mask, found.connected
         seconds_search = time.perf_counter() - clock + checkpoints.seconds_before("search")
         untrained = None if mask is None else sg.masked_output(problem.net, problem.z, mask)
 
@@ -155,6 +162,42 @@ def run_experiments(
         ]
 
 
+def _find(
+    problem: Problem,
+    experiment: Experiment,
+    config: DenoiseConfig,
+    checkpoints: Checkpoints,
+    note: StageProgress | None,
+) -> sg.SearchResult:
+    """The mask of a method other than OES, by `masks.find`."""
+    options = {name: value for name, value in experiment.finding.items() if name != "rounds"}
+    rounds = experiment.rounds
+    if experiment.kind == "synflow":
+        options["rounds"] = rounds
+    elif experiment.kind == "imp":
+        # Falling by one factor, as a fixed fraction would, to arrive in the last round at the density.
+        options["schedule"] = [config.density ** (k / rounds) for k in range(1, rounds)] + [config.density]
+        options |= {
+            "steps": experiment.search_steps // rounds, "lr": config.lr, "input_jitter": config.input_jitter,
+            "every": config.every, "checkpoints": checkpoints, "plan": _PLAN,
+        }  # fmt: skip
+    with warnings.catch_warnings():
+        if not config.force:  # it becomes an error, which says the same
+            warnings.simplefilter("ignore", sg.DisconnectedMaskWarning)
+        return sg.masks.find(
+            experiment.kind,
+            problem.net,
+            problem.z,
+            problem.noisy,
+            density=config.density,
+            prunable=config.prunable,
+            seed=config.seed,
+            recipe=recipe_of(config),
+            progress=None if note is None else lambda step, total, metrics: note("search", step, total, metrics),
+            **options,
+        )
+
+
 def _pose(experiment: Experiment, device: torch.device, number: int) -> Problem:
     config = experiment.config
     photograph = read_image(config.image, lambda shape: _admit(experiment, shape, device, number))
@@ -165,7 +208,7 @@ def _pose(experiment: Experiment, device: torch.device, number: int) -> Problem:
 
 def _admit(experiment: Experiment, shape: tuple[int, int, int], device: torch.device, number: int) -> None:
     try:
-        check_memory(experiment.config, shape, device, search=experiment.kind == "oes", experiments=number)
+        check_memory(experiment.config, shape, device, search=experiment.kind in _SEARCHING, experiments=number)
     except ValueError as error:
         raise (MemoryError if str(error).startswith("memory:") else ValueError)(str(error)) from None
 

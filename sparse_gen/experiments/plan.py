@@ -18,10 +18,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from sparse_gen.experiments.config import DenoiseConfig, check_known, choice, show
+from sparse_gen.experiments.config import DenoiseConfig, check_known, choice, floor_check, integer, show
 from sparse_gen.files import write_yaml
 
-KINDS = ("oes", "dense", "random")
+KINDS = ("oes", "dense", "random", "magnitude", "snip", "grasp", "synflow", "imp")
 _LISTS = ("images", "sigmas", "densities", "seeds")
 _COMMON = ("budget", "every", "clip", "device", "threads", "engine", "force")
 _GENERATOR = ("generator", "depth", "channels", "input_channels", "input_scale")
@@ -32,7 +32,14 @@ _OPTIONS = {
     "oes": (*_TRAINING, "search_steps", "search_lr", "kl_weight", "temperature", "prior", "prunable"),
     "dense": _TRAINING,
     "random": (*_TRAINING, "prunable"),
+    **dict.fromkeys(("magnitude", "snip", "grasp"), (*_TRAINING, "prunable", "scope", "floor")),
+    "synflow": (*_TRAINING, "prunable", "scope", "floor", "rounds"),
+    "imp": (*_TRAINING, "prunable", "scope", "floor", "rounds", "search_steps"),
 }
+# What a method finds its mask with, besides the configuration; checked here, before the first experiment.
+_FINDING = {"scope": choice("global", "layer"), "floor": floor_check, "rounds": integer(1, 10**6)}
+_ROUNDS = {"synflow": 100, "imp": 5}
+_PASSES = {"snip": 1, "grasp": 2}
 _PLURAL = {"image": "images", "sigma": "sigmas", "density": "densities", "seed": "seeds", "steps": "budget"}
 _MOST = 10_000
 _HEADING = "Go on, or begin again elsewhere, with: sparse-gen sweep run THIS_FILE -o FOLDER"
@@ -44,10 +51,11 @@ class Experiment:
 
     Attributes:
         image, generator, method: what the plan calls them.
-        kind: "oes", "dense" or "random".
+        kind: "dense", or a method of `masks.find`.
         budget: steps in all, those of the search included.
         run_on: whether the training goes on after its rule has stopped it, so that the last output is known too.
         config: all settings; those of a search are idle in methods that have none.
+        finding: `scope`, `floor` and `rounds` of methods that take them.
     """
 
     image: str
@@ -57,16 +65,31 @@ class Experiment:
     budget: int
     run_on: bool
     config: DenoiseConfig
+    finding: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> int | None:
+        """Of SynFlow and IMP; None where there are none."""
+        return self.finding.get("rounds", _ROUNDS.get(self.kind))
 
     @property
     def search_steps(self) -> int:
-        return self.config.search_steps if self.kind == "oes" else 0
+        """What finding the mask takes off the training: steps, or passes over the network."""
+        if self.kind == "imp":
+            return self.config.search_steps // self.rounds * self.rounds
+        if self.kind == "synflow":
+            return self.rounds
+        return self.config.search_steps if self.kind == "oes" else _PASSES.get(self.kind, 0)
 
     @property
     def key(self) -> str:
         """The SHA-256 of everything that the result depends on: the settings and the image's bytes, not names."""
         settings = {name: value for name, value in self.config.plain().items() if name != "image"}
+        for name in ("mask", "mask_sha256"):  # of denoise alone
+            del settings[name]
         content = {"settings": settings, "kind": self.kind, "run_on": self.run_on}
+        if self.finding:
+            content["finding"] = self.finding
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def plain(self) -> dict[str, Any]:
@@ -85,9 +108,10 @@ class Plan:
 
     Attributes:
         images: paths; relative ones are to the plan's file.
-        methods: name → options: `method` ("oes", "dense" or "random"; the name itself if left out), `lr`, which must be
-            stated, and those of the configuration for search, stopping and training. `run_on: false` lets the
-            stopping rule end the training; by default it selects an image and the training goes on.
+        methods: name → options: `method` ("dense", or one of `masks.find`; the name itself if left out), `lr`, which
+            must be stated, and those of the configuration for search, stopping and training. `run_on: false` lets the
+            stopping rule end the training; by default it selects an image and the training goes on. Besides them
+            `scope` and `floor`, and `rounds` of "synflow" and "imp", which all have `search_steps` together.
         generators: name → options: `generator`, `depth`, `channels`, `input_channels`, `input_scale`.
         sigmas: of the noise, each in [0, 1].
         densities: kept fractions; methods that keep everything ignore them.
@@ -188,6 +212,7 @@ class Plan:
     def _experiment(self, seed, image, sigma, generator, method, density, *, device=None, name="", sha256=None):
         kind = self._kind(method)
         options = {key: value for key, value in self.methods[method].items() if key not in ("method", "run_on")}
+        finding = {key: options.pop(key) for key in _FINDING if key in options}
         try:
             config = DenoiseConfig(
                 image=image,
@@ -202,7 +227,13 @@ class Plan:
                 **options,
                 steps=self.budget,
             )
-            search_steps = config.search_steps if kind == "oes" else 0
+            experiment = Experiment(name, generator, method, kind, self.budget, False, config, finding)
+            search_steps = experiment.search_steps
+            if kind == "imp" and not search_steps:
+                raise ValueError(
+                    f"search_steps: expected at least one for each of {experiment.rounds} rounds, got "
+                    f"{config.search_steps}, raise it"
+                )
             if search_steps >= self.budget:
                 raise ValueError(
                     f"search_steps: expected fewer than the budget of {self.budget:,} steps, got {search_steps:,}, "
@@ -211,8 +242,7 @@ class Plan:
         except ValueError as error:
             raise ValueError(_in_the_plan(str(error), generator, method)) from None
         run_on = self.methods[method].get("run_on", True) and config.stop != "none"
-        config = config.replace(steps=self.budget - search_steps)
-        return Experiment(name, generator, method, kind, self.budget, run_on, config)
+        return dataclasses.replace(experiment, run_on=run_on, config=config.replace(steps=self.budget - search_steps))
 
     def _check_each_entry(self) -> None:
         """Unfold around the first combination, so that the configuration checks every entry once."""
@@ -277,7 +307,8 @@ def _method(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"methods.{name}.run_on: expected true or false, got {show(options['run_on'])}, write one of the two"
         )
-    return {"method": kind, **options}
+    checked = {key: check(f"methods.{name}.{key}", options[key]) for key, check in _FINDING.items() if key in options}
+    return {"method": kind, **options, **checked}
 
 
 def _digest(image: str) -> str:

@@ -100,7 +100,11 @@ def build_figure(report: Report) -> Figure:
             _draw_bands(axes, report.fit, title, energies)
 
     panels = lower.subplots(1, len(images))
-    _draw_loss(panels[0], report.search, "loss of the mask search", "search step", _SEARCH)
+    if report.search.step:
+        _draw_loss(panels[0], report.search, "loss of the mask search", "search step", _SEARCH)
+    else:
+        panels[0].set_title("mask as given, no search", fontsize=9)
+        panels[0].set_axis_off()
     _draw_loss(panels[1], report.fit, "loss of the training", "training step", _FIT)
     if report.psnr is not None:
         _draw_psnr(panels[2], report)

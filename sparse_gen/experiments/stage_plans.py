@@ -23,7 +23,7 @@ def read_plans(path: str | os.PathLike[str]) -> dict[str, Plan]:
     content = Path(path).read_bytes()
     try:
         data = json.loads(content)
-        plans = {stage: Plan.from_plain(data[stage]) for stage in STAGES}
+        plans = {stage: Plan.from_plain(data[stage]) for stage in STAGES if data[stage] is not None}
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"plan: expected the plans of a run, got {path}, which is damaged, remove it to measure anew"
@@ -39,10 +39,10 @@ def read_plans(path: str | os.PathLike[str]) -> dict[str, Plan]:
     return plans
 
 
-def write_plans(path: str | os.PathLike[str], search: Plan, fit: Plan) -> None:
-    """Write the plans of both stages.
+def write_plans(path: str | os.PathLike[str], search: Plan | None, fit: Plan) -> None:
+    """Write the plans of both stages; None where nothing was searched.
 
     Raises:
         OSError: the file cannot be written.
     """
-    write_json(path, {"search": search.plain(), "fit": fit.plain()})
+    write_json(path, {"search": None if search is None else search.plain(), "fit": fit.plain()})

@@ -67,7 +67,7 @@ def group(experiments: Sequence[Experiment], rows: Mapping[str, Mapping[str, Any
     """Experiments by everything but their seed, in the order in which they first come."""
     members: dict[tuple, list[Experiment]] = {}
     for e in experiments:
-        names = (e.image, e.generator, e.method, e.run_on)
+        names = (e.image, e.generator, e.method, e.run_on)  # a method's name stands for how it finds masks
         members.setdefault((*names, e.config.replace(seed=0)), []).append(e)
     groups = []
     for same in members.values():

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # What experiments of one group may differ in.
 _OWN = ("image", "image_sha256", "sigma", "seed")
+# Other ways to find a mask run one experiment after the other anyway.
+_KINDS = ("oes", "random", "dense")
 
 
 def grouped(experiments: Mapping[str, Experiment], most: int) -> list[tuple[str, ...]]:
@@ -28,7 +30,8 @@ def grouped(experiments: Mapping[str, Experiment], most: int) -> list[tuple[str,
     groups: list[list[str]] = []
     for key, experiment in experiments.items():
         shape = shapes[experiment.config.image]
-        if shape is None or not (experiment.run_on or experiment.config.stop == "none"):
+        together = experiment.kind in _KINDS and (experiment.run_on or experiment.config.stop == "none")
+        if shape is None or not together:
             groups.append([key])
             continue
         settings = {name: value for name, value in experiment.config.plain().items() if name not in _OWN}

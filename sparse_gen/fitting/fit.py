@@ -17,6 +17,7 @@ from sparse_gen.engine.checks import (
     check_image,
     check_input,
     check_measurement,
+    check_pixel_weight,
     check_positive,
 )
 from sparse_gen.engine.compile import CompiledGenerator
@@ -71,6 +72,7 @@ def fit(
     steps: int = 1500,
     lr: float = 1e-2,
     clean: torch.Tensor | None = None,
+    pixel_weight: torch.Tensor | None = None,
     stop: Stop | None = None,
     average: float | None = None,
     input_jitter: float = 0.0,
@@ -91,6 +93,8 @@ def fit(
         steps: how many at most.
         lr: Adam's learning rate; the papers take 1e-2 for masked networks and 1e-3 for whole ones.
         clean: the clean image, for the PSNR in the history only.
+        pixel_weight: w of the loss (1/N) Σ w·(x − y)² over an image's N values, from 0 on, of a shape that broadcasts
+            to y's; with 0 where nothing was measured and 1 elsewhere, the fit inpaints.
         stop: a stopping rule, asked after every step; it selects the image.
         average: decay of a running average of the outputs, such as 0.99, which is then the image.
         input_jitter: standard deviation of fresh Gaussian noise added to z at every step; DIP takes 1/30.
@@ -113,7 +117,7 @@ def fit(
     Ulyanov et al., "Deep image prior" (CVPR 2018), eq. 2; Ghosh et al., ICML 2024, section 3.2; Cheng et al., "A
     Bayesian perspective on the deep image prior" (CVPR 2019) for the Langevin noise.
     """
-    _check(module, z, y, clean, steps, every, lr, average, input_jitter, tv_weight, langevin, rings)
+    _check(module, z, y, clean, pixel_weight, steps, every, lr, average, input_jitter, tv_weight, langevin, rings)
     compiled = isinstance(module, CompiledGenerator)
     # oneDNN and cuDNN convolve without reordering where the channels come last.
     z = z.contiguous(memory_format=module.memory_format if compiled else torch.channels_last)
@@ -131,7 +135,7 @@ def fit(
             raise ValueError(f"expected a rule of sparse_gen.stop beside checkpoints, got {type(stop).__name__}")
         # Another plan adds up in another order.
         settings["plan"] = module.plan.layouts if compiled else None
-        inputs = [z, y, *module.parameters(), *([] if clean is None else [clean])]
+        inputs = [z, y, *module.parameters(), *(given for given in (clean, pixel_weight) if given is not None)]
         settings["inputs"] = fingerprint(*inputs)
         restored = checkpoints.load("fit", settings)
         if restored is not None:
@@ -150,7 +154,7 @@ def fit(
     late = capture is not None and (compiled or not obeyed)
     body = FitStep(
         module, z, y, optimiser, seeds, start=start, rule=rule, average=average, input_jitter=input_jitter,
-        tv_weight=tv_weight, mean_output=mean_output, keep_last=late and obeyed,
+        tv_weight=tv_weight, pixel_weight=pixel_weight, mean_output=mean_output, keep_last=late and obeyed,
     )  # fmt: skip
     run_step, rows, ends = StepRunner(body, capture), Readback(late), Readback(late)
 
@@ -208,11 +212,15 @@ def fit(
     return FitResult(image, history, stopped_at, module)
 
 
-def _check(module, z, y, clean, steps, every, lr, average, input_jitter, tv_weight, langevin, rings) -> None:
+def _check(
+    module, z, y, clean, pixel_weight, steps, every, lr, average, input_jitter, tv_weight, langevin, rings
+) -> None:
     check_input(z)
     check_measurement(y, z)
     if clean is not None:
         check_image(clean, z, "clean")
+    if pixel_weight is not None:
+        check_pixel_weight(pixel_weight, y)
     check_count(steps, "steps")
     check_count(every, "every")
     check_positive(lr, "lr")

@@ -18,7 +18,7 @@ class FitStep:
         module, z, y, optimiser, seeds: of the fit.
         start: number of the first step.
         rule: a stopping rule with `advance`, or None.
-        average, input_jitter, tv_weight: as for `fit`.
+        average, input_jitter, tv_weight, pixel_weight: as for `fit`.
         mean_output: the running average so far.
         keep_last: also keep the parameters as they were when the rule ended the fit, because the host will hear of it
             some steps later; `go_back` puts them in place.
@@ -43,11 +43,13 @@ class FitStep:
         average: float | None = None,
         input_jitter: float = 0.0,
         tv_weight: float = 0.0,
+        pixel_weight: torch.Tensor | None = None,
         mean_output: torch.Tensor | None = None,
         keep_last: bool = False,
     ):
         self._module, self._z, self._y, self._optimiser, self._seeds = module, z, y, optimiser, seeds
         self._rule, self._average, self._jitter, self._tv_weight = rule, average, input_jitter, tv_weight
+        self._pixel_weight = pixel_weight
         self.step = torch.tensor(start, device=z.device)
         self.first_bad = torch.tensor(-1, device=z.device)
         self.mean_output = mean_output
@@ -58,7 +60,10 @@ class FitStep:
         output = self._module(self._jittered() if self._jitter else self._z)
         if self.output is None:
             check_output(output, self._y)
-        loss = squared_errors(output, self._y)
+        if self._pixel_weight is None:
+            loss = squared_errors(output, self._y)
+        else:
+            loss = weighted_errors(output, self._y, self._pixel_weight)
         variation = total_variation(output) if self._tv_weight else None
         total = loss if variation is None else loss + self._tv_weight * variation
         self._optimiser.step(total.sum(), self.step)
@@ -93,6 +98,11 @@ class FitStep:
         z = self._z
         numbers = normal(self._seeds, self.step, Stream.JITTER, z[0].numel()).view(-1, *z.shape[1:])
         return z + self._jitter * numbers.to(z.dtype)
+
+
+def weighted_errors(output: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(1/N) Σ w·(x − y)² of each image, (E,), from (E, C, H, W) and a weight that broadcasts to it."""
+    return (weight * (output - y).square()).mean(dim=(1, 2, 3))
 
 
 def total_variation(image: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,7 @@ def find(
         if number not in (1, experiments):
             raise ValueError(f"expected {experiments} experiments (or 1) in {name}, got {number}")
 
-    found = []
+    found, checkpoints = [], options.get("checkpoints")
     for e in range(experiments):
         problem = Pruning(
             original=net.networks[e] if template(net) is not net and len(weight) > 1 else template(net),
@@ -135,6 +135,8 @@ def find(
         if e == 0:
             with torch.no_grad():
                 check_output(problem.output(problem.weight), y)
+        if experiments > 1 and options.get("checkpoints") is not None:
+            options = {**options, "checkpoints": checkpoints.part(f"experiment-{e}")}
         if published and method == "imp":
             found.append(imp(problem, **options, published=True))
         elif published:

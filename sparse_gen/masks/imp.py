@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
+from itertools import accumulate
 from math import ceil, floor
 
 import torch
-from torch import nn
 
+from sparse_gen.checkpoint import Checkpoints, fingerprint
 from sparse_gen.engine.checks import check_count
-from sparse_gen.engine.compile import CompiledGenerator, compile
-from sparse_gen.fitting.fit import fit
-from sparse_gen.history import History
-from sparse_gen.masks.mask import Mask
+from sparse_gen.masks.imp_rounds import Between, Training
 from sparse_gen.masks.pruning import Found, Pruning
 
 
@@ -26,8 +23,13 @@ def imp(
     rewind: int = 0,
     lr: float = 1e-2,
     input_jitter: float = 0.0,
+    pixel_weight: torch.Tensor | None = None,
+    clean: torch.Tensor | None = None,
+    average: float | None = None,
     every: int = 10,
     multi_image: bool = False,
+    checkpoints: Checkpoints | None = None,
+    plan: str | None = None,
     published: bool = False,
 ) -> Found:
     """Find a lottery ticket: the weights that are largest after training what earlier rounds have kept.
@@ -40,14 +42,21 @@ def imp(
         rewind: go back to the weights after so many steps of the dense training, 0 for the initialisation. Later rounds
             train the steps that are left, with a fresh optimiser.
         lr: Adam's.
-        input_jitter: as in `fit`; the lottery image prior takes 1/30.
+        input_jitter, pixel_weight: as in `fit`; the lottery image prior takes a jitter of 1/30.
+        clean, average: for the history only, columns "psnr" and "psnr_average" as of `fit`.
         every: record the history every so many steps.
         multi_image: one network and one mask for all images of y, the sum of their errors as the loss.
+        checkpoints: where every finished round is stored, and the state of the one that runs.
+        plan: what runs the network, as for `sg.compile`: None (or "measure"), or "rule".
         published: as the OES repository does it: weights that start at 0 are removed before the first round, and every
             round removes the same fraction, rounded up, until at most the density is left.
 
     Returns:
-        The mask with the weights that it is to be trained from.
+        The mask with the weights that it is to be trained from. Its settings tell for every training (the one that is
+        rewound to being the first) how each convolution ran, "layouts", and a forward pass's "flops".
+
+    Raises:
+        RunInterrupted: `checkpoints.request_stop()` was called.
 
     Σ ‖x - y_i‖² is n·‖x - ȳ‖² and a constant, so several images are fitted by their mean; Adam does not see the n.
 
@@ -61,62 +70,58 @@ def imp(
         raise ValueError(f"expected rewind below the {steps} steps of a round, got {rewind}")
     if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         raise ValueError(f"expected fraction in (0, 1), got {fraction!r}")
-    target = problem.y.mean(dim=0, keepdim=True) if multi_image else problem.y
-
+    if plan not in (None, "measure", "rule"):
+        raise ValueError(f"expected plan as None, 'measure' or 'rule', as every round has its own, got {plan!r}")
     keep = problem.weight != 0 if published else torch.ones_like(problem.weight, dtype=torch.bool)
     if published:
         counts = _published_counts(problem, int(keep.sum()), fraction)
     else:
         counts = _counts(problem, fraction, schedule)
-    total, done = rewind + steps + (len(counts) - 1) * (steps - rewind), 0
-    history = History()
-
-    def train(start: dict[str, torch.Tensor], keep: torch.Tensor, steps: int, note: bool = True):
-        nonlocal done
-
-        def progress(step: int, _steps: int, values: dict[str, float]) -> None:
-            if problem.progress is not None:
-                problem.progress(done + step, total, {"loss": values["loss"]})
-
-        module = _module(problem, start, keep)
-        run = fit(
-            module, problem.z, target, steps=steps, lr=lr, input_jitter=input_jitter, seed=int(problem.seed[0]),
-            every=every, progress=progress,
-        )  # fmt: skip
-        if note:
-            for step, loss in zip(run.history.step, run.history["loss"], strict=True):
-                history.record(done + step, loss=loss)
-        done += steps
-        dense = module.to_dense() if isinstance(module, CompiledGenerator) else module
-        return {name: parameter.detach() for name, parameter in dense.named_parameters()}
-
-    initial = {n: v[0] for n, v in (problem.layout.views(problem.weight[None]) | problem.whole).items()}
-    start = train(initial, torch.ones_like(keep), rewind, note=False) if rewind else initial
-    scores = problem.weight.abs()
-    for number, count in enumerate(counts):
-        first = number == 0
-        trained = train(initial if first else start, keep, steps if first else steps - rewind)
-        scores = problem.layout.flatten(trained).abs() * keep
-        keep = problem.choose(scores, count, within=keep)
+    warm_up = 1 if rewind else 0
+    lengths = [rewind] * warm_up + [steps] + [steps - rewind] * (len(counts) - 1)
     settings = {
         "steps": steps, "rewind": rewind, "lr": lr, "input_jitter": input_jitter, "multi_image": multi_image,
         "images": len(problem.y), "rounds": len(counts),
         **({"fraction": fraction} if schedule is None else {"schedule": list(schedule)}),
+        **({} if pixel_weight is None else {"pixel_weight": fingerprint(pixel_weight)}),
     }  # fmt: skip
-    whole = {name: start[name][None] for name in problem.whole}
-    return Found(keep, scores, problem.layout.flatten(start), whole, history, settings)
+    options = {
+        "lr": lr, "input_jitter": input_jitter, "pixel_weight": pixel_weight, "clean": clean, "average": average,
+        "every": every,
+    }  # fmt: skip
+    target = problem.y.mean(dim=0, keepdim=True) if multi_image else problem.y
+    training = Training(problem, target, lengths, options, plan, checkpoints)
+    initial = {n: v[0] for n, v in (problem.layout.views(problem.weight[None]) | problem.whole).items()}
+    everything = torch.ones_like(keep) if warm_up else keep
+    between, done = Between(everything, problem.weight.abs(), initial), 0
+    identity = {
+        **settings, "average": average, "every": every, "plan": plan, "published": published, "counts": counts,
+        "seed": int(problem.seed[0]), "scope": problem.scope, "floor": problem.floor,
+        "inputs": fingerprint(problem.z, problem.y, *initial.values(), *([] if clean is None else [clean])),
+    }  # fmt: skip
+    if checkpoints is not None:
+        restored = checkpoints.load("search", identity)
+        if restored is not None:
+            steps_done, tensors, history = restored
+            done = list(accumulate(lengths)).index(steps_done) + 1
+            between.restore(tensors, history)
 
-
-def _module(problem: Pruning, start: dict[str, torch.Tensor], keep: torch.Tensor) -> nn.Module:
-    """The network with these weights: itself while everything is kept, compiled afterwards."""
-    network = deepcopy(problem.original).requires_grad_(True)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.copy_(start[name])
-    if keep.all():
-        return network
-    whole = {name: tuple(values.shape[1:]) for name, values in problem.whole.items()}
-    return compile(network, Mask(problem.layout.views(keep), whole=whole), problem.z)
+    for number in range(done, len(lengths)):
+        pruned = number - warm_up
+        trained = training.run(number, initial if pruned <= 0 else between.start, between, note=pruned >= 0)
+        if pruned < 0:
+            between.start, between.keep = trained, keep
+        else:
+            between.scores = problem.layout.flatten(trained).abs() * between.keep
+            between.keep = problem.choose(between.scores, counts[pruned], within=between.keep)
+        if checkpoints is not None:
+            steps_done, last = sum(lengths[: number + 1]), number == len(lengths) - 1
+            checkpoints.store("search", identity, steps_done, between.tensors, between.history, last=last, due=True)
+            checkpoints.part(f"round-{number}").clear()
+    whole = {name: between.start[name][None] for name in problem.whole}
+    settings |= {"layouts": between.layouts, "flops": between.flops}
+    weight = problem.layout.flatten(between.start)
+    return Found(between.keep, between.scores, weight, whole, between.history, settings)
 
 
 def _counts(problem: Pruning, fraction: float, schedule: Sequence[float] | None) -> list[int]:
