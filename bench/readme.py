@@ -1,6 +1,6 @@
-"""Fill the README's tables from bench/results, and draw the picture beside them.
+"""Fill the tables of the README and of docs/ from bench/results, and draw the picture beside them.
 
-`python bench/readme.py`, or `--check` to only say if the README is stale.
+`python bench/readme.py`, or `--check` to only say if one is stale.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def _records(name: str) -> list[dict]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def speed() -> str:
+def speed(suites: list[str]) -> str:
     """Providers side by side, a row a case; a ratio below 1 is a loss and stands here like any other."""
     rows = [
         "| | published loop, ms | plain PyTorch, ms | ours, ms | over published | over plain | peak memory of plain |",
         "|---|---|---|---|---|---|---|",
     ]
-    for suite in _suites():
+    for suite in suites:
         records = _records(f"{suite}-cpu")
         for case in dict.fromkeys(record["case"] for record in records):
             of = {record["provider"]: record for record in records if record["case"] == case}
@@ -109,40 +109,48 @@ def draw() -> None:
         figure.savefig(file, dpi=110, format="png")
 
 
-BLOCKS = {
-    "targets": aims,
-    "quality": lambda: quality.table(quality.load()),
-    "pruning": lambda: pruning_report.table(_records("pruning-cpu")) or "not measured yet",
-    "groups": lambda: groups.table(_records("groups-cpu")) or "not measured yet",
-    "lottery": lambda: lottery.table(_records("lottery-cpu")) or "not measured yet",
-    "speed": speed,
-    "start": start,
+DOCS = README.parent / "docs"
+PAGES = {
+    README: {
+        "targets": aims,
+        "quality": lambda: quality.table(quality.load()),
+        "speed": lambda: speed(["end_to_end"]),
+        "start": start,
+    },
+    DOCS / "masks.md": {
+        "pruning": lambda: pruning_report.table(_records("pruning-cpu")) or "not measured yet",
+        "groups": lambda: groups.table(_records("groups-cpu")) or "not measured yet",
+        "lottery": lambda: lottery.table(_records("lottery-cpu")) or "not measured yet",
+    },
+    DOCS / "operators.md": {"operators": lambda: speed(_suites()[1:])},
 }
 
 
-def filled(text: str) -> str:
-    for name, make in BLOCKS.items():
+def filled(page: Path) -> str:
+    text = page.read_text(encoding="utf-8")
+    for name, make in PAGES[page].items():
         content = make()
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin not in text or end not in text:
-            raise ValueError(f"expected {begin.strip()} … {end.strip()} in {README.name}, got none")
+            raise ValueError(f"expected {begin.strip()} … {end} in {page.name}, got none")
         head, tail = text[: text.index(begin) + len(begin)], text[text.index(end) :]
-        text = head + content + tail
+        text = f"{head}{content}\n{tail}"
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the README is not up to date")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a page is not up to date")
     arguments = parser.parse_args()
     if not arguments.check:
         draw()
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
+    stale = {page: text for page in PAGES if (text := filled(page)) != page.read_text(encoding="utf-8")}
     if arguments.check:
-        sys.exit("README.md is not up to date: run python bench/readme.py" if after != before else 0)
-    with atomic_write(README, "w") as file:
-        file.write(after)
+        names = ", ".join(page.name for page in stale)
+        sys.exit(f"{names} not up to date: run python bench/readme.py" if stale else 0)
+    for page, text in stale.items():
+        with atomic_write(page, "w") as file:
+            file.write(text)
 
 
 if __name__ == "__main__":
