@@ -102,6 +102,21 @@ def test_nothing_beyond_the_arrays_is_written(instruction_set):
     assert all((p[:, 37:] == 7).all() for p in padded)
 
 
+@pytest.mark.parametrize("reach", [5.9, 12.0])
+def test_kl_gradient_of_every_logit(instruction_set, reach):
+    """Groups of small logits leave out a logarithm: to either side, each element is right, not only their norm."""
+    logits = torch.linspace(-reach, reach, 1001)[None]
+    zeros, constants = torch.zeros_like(logits), UPDATE | {"kl_weight": 1.0, "beta1": 0.0}
+    averages, seed, step = [zeros, zeros], torch.tensor([7]), torch.tensor(0)
+    expected = update_in_double(logits, averages, zeros, zeros, seed, step, **constants)[1]
+    state = [logits.clone(), *(a.clone() for a in averages), torch.full_like(logits, torch.nan)]
+    torch.ops.sparse_gen.concrete_mask_update(
+        *state, zeros, zeros, seed, step, int(Stream.MASK), TEMPERATURE, *constants.values()
+    )
+    slope = logits.double().sigmoid() * torch.sigmoid(-logits.double())
+    torch.testing.assert_close(state[1].double() / slope, expected / slope, rtol=2e-6, atol=2e-6)
+
+
 def test_update_equals_torch_adam_on_the_papers_loss():
     logits, weight, _, _, seed, _ = problem(2, 501)
     target = torch.linspace(-1, 1, 501, dtype=torch.float64)

@@ -6,30 +6,36 @@ namespace sparse_gen::SPARSE_GEN_ISA {
 
 namespace {
 
-// The soft mask sigmoid((logit + ln u - ln(1 - u)) / temperature) and its complement. The complement is not
-// taken as 1 - mask, which would lose all its digits where the mask is nearly one.
+constexpr double kLog2E = 1.44269504088896341;  // 1 / ln 2
+
+// The soft mask sigmoid((logit + ln u - ln(1 - u)) / temperature) from log2((1 - u) / u), and its complement. The
+// complement is not taken as 1 - mask, which would lose all its digits where the mask is nearly one.
 template <class V>
 struct SoftMask {
   V mask, complement;
 
   template <class S>
-  SoftMask(V logit, V u, S inverse_temperature) {
-    const V odds = exponential((logarithm(((S)1 - u) / u) - logit) * inverse_temperature);
-    mask = (S)1 / ((S)1 + odds);
-    complement = odds * mask;
+  SoftMask(V logit, V noise, S inverse_temperature) {
+    const V pruned = exponential2(noise * inverse_temperature - logit * (inverse_temperature * (S)kLog2E));
+    mask = (S)1 / ((S)1 + pruned);
+    complement = pruned * mask;
   }
 };
 
 // Derivative by the logit of p ln((p + e) / p0) + (1 - p) ln((1 - p + e) / (1 - p0)), p = sigmoid(logit), e = 1e-6.
-template <class V, class S>
+//
+// That is p q (logit - ln(p0 / (1 - p0)) + f(e / p) - f(e / q)), q = 1 - p, f(x) = ln(1 + x) - x / (1 + x) < x^2 / 2.
+// Below |logit| = 6 f is less than 9e-8, which is below a float's rounding of what it is added to: a logarithm spared.
+template <bool Near, class V, class S>
 inline V kl_gradient(V logit, S log_prior_odds) {
   const S e = (S)1e-6;
-  const V odds = exponential(-logit);
-  const V p = (S)1 / ((S)1 + odds);
+  const V odds = exponential2(logit * (S)-kLog2E);
+  const V p = quotient(V{} + 1, (S)1 + odds);
   const V q = odds * p;
+  if constexpr (Near) return p * q * (logit - log_prior_odds);
   const V pe = p + e, qe = q + e;
   const V inverse = (S)1 / (pe * qe);
-  return p * q * (logarithm(pe * pe * inverse) - log_prior_odds + e * (p - q) * inverse);
+  return p * q * (logarithm2(pe * pe * inverse) * (S)(1 / kLog2E) - log_prior_odds + e * (p - q) * inverse);
 }
 
 template <class T>
@@ -41,7 +47,7 @@ void sample(const ConcreteMaskSample<T>& a, long long begin, long long end) {
                     [&](long long i, const T* const* in, T* const* out) {
                       const PhiloxGroup group = random.group(i);
                       for (int k = 0; k < kPhiloxGroup; k += L::width) {
-                        const SoftMask<typename L::V> soft(L::load(in[0] + k), L::uniform(group, k),
+                        const SoftMask<typename L::V> soft(L::load(in[0] + k), logarithm2(L::odds(group, k)),
                                                            inverse_temperature);
                         L::store(out[0] + k, soft.mask);
                         L::store(out[1] + k, soft.mask * L::load(in[1] + k));
@@ -72,7 +78,7 @@ void update(const ConcreteMaskUpdate<T>& a, long long begin, long long end) {
   using V = typename L::V;
   const Philox old_random(a.seed, a.step, a.stream), new_random(a.seed, a.step + 1, a.stream);
   const T inverse_temperature = (T)(1 / a.temperature), kl_weight = (T)a.kl_weight;
-  const T log_prior_odds = (T)(logarithm(a.prior) - logarithm(1 - a.prior));
+  const T log_prior_odds = (T)((logarithm2(a.prior) - logarithm2(1 - a.prior)) / kLog2E);
   const T decay1 = (T)(1 - a.beta1), decay2 = (T)(1 - a.beta2), beta2 = (T)a.beta2, eps = (T)a.eps;
   const T step_size = (T)a.step_size, inverse_root2 = (T)(1 / a.root_correction2);
   for_each_group<T>(
@@ -80,21 +86,40 @@ void update(const ConcreteMaskUpdate<T>& a, long long begin, long long end) {
       {a.logits, a.exp_avg, a.exp_avg_sq, a.masked_weight}, begin, end,
       [&](long long i, const T* const* in, T* const* out) {
         const PhiloxGroup old_group = old_random.group(i), new_group = new_random.group(i);
-        for (int k = 0; k < kPhiloxGroup; k += L::width) {
-          const V logit = L::load(in[0] + k), weight = L::load(in[3] + k);
-          const SoftMask<V> old_soft(logit, L::uniform(old_group, k), inverse_temperature);
-          const V gradient = L::load(in[4] + k) * weight * old_soft.mask * old_soft.complement * inverse_temperature +
-                             kl_weight * kl_gradient(logit, log_prior_odds);
-
-          const V exp_avg = L::load(in[1] + k) + (gradient - L::load(in[1] + k)) * decay1;
-          const V exp_avg_sq = L::load(in[2] + k) * beta2 + gradient * gradient * decay2;
-          const V next_logit = logit - step_size * exp_avg / (square_root(exp_avg_sq) * inverse_root2 + eps);
-
-          const SoftMask<V> next_soft(next_logit, L::uniform(new_group, k), inverse_temperature);
-          L::store(out[0] + k, next_logit);
+        // In stages over the group's vectors: one vector's chain of dependent instructions is longer than what a
+        // processor looks ahead.
+        constexpr int vectors = kPhiloxGroup / L::width;
+        V logit[vectors], old_noise[vectors], new_noise[vectors], gradient[vectors];
+        bool near = sizeof(T) == 4;
+        for (int v = 0; v < vectors; ++v) {
+          old_noise[v] = logarithm2(L::odds(old_group, v * L::width));
+          new_noise[v] = logarithm2(L::odds(new_group, v * L::width));
+          logit[v] = L::load(in[0] + v * L::width);
+          near = near && all_below(logit[v], 6);
+        }
+        if (near) [[likely]]
+          for (int v = 0; v < vectors; ++v) gradient[v] = kl_gradient<true>(logit[v], log_prior_odds);
+        else
+          for (int v = 0; v < vectors; ++v) gradient[v] = kl_gradient<false>(logit[v], log_prior_odds);
+        for (int v = 0; v < vectors; ++v) {
+          const int k = v * L::width;
+          const SoftMask<V> soft(logit[v], old_noise[v], inverse_temperature);
+          const V scale = L::load(in[4] + k) * L::load(in[3] + k) * inverse_temperature;
+          gradient[v] = scale * soft.mask * soft.complement + kl_weight * gradient[v];
+        }
+        for (int v = 0; v < vectors; ++v) {
+          const int k = v * L::width;
+          const V exp_avg = L::load(in[1] + k) + (gradient[v] - L::load(in[1] + k)) * decay1;
+          const V exp_avg_sq = L::load(in[2] + k) * beta2 + gradient[v] * gradient[v] * decay2;
+          logit[v] -= step_size * exp_avg / (square_root(exp_avg_sq) * inverse_root2 + eps);
+          L::store(out[0] + k, logit[v]);
           L::store(out[1] + k, exp_avg);
           L::store(out[2] + k, exp_avg_sq);
-          L::store(out[3] + k, next_soft.mask * weight);
+        }
+        for (int v = 0; v < vectors; ++v) {
+          const int k = v * L::width;
+          const SoftMask<V> soft(logit[v], new_noise[v], inverse_temperature);
+          L::store(out[3] + k, soft.mask * L::load(in[3] + k));
         }
       });
 }

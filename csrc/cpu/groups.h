@@ -16,8 +16,10 @@ struct Lanes<float> {
   static constexpr int width = kLanes;
   static V load(const float* p) { return SPARSE_GEN_ISA::load(p); }
   static void store(float* p, V v) { SPARSE_GEN_ISA::store(p, v); }
-  static V uniform(const PhiloxGroup& group, int offset) {
-    return SPARSE_GEN_ISA::uniform(group.words[offset / kLanes]);
+  // (1 - u) / u
+  static V odds(const PhiloxGroup& group, int offset) {
+    const Uniform uniform(group.words[offset / kLanes]);
+    return quotient(uniform.complement, uniform.u);
   }
 };
 
@@ -27,8 +29,9 @@ struct Lanes<double> {
   static constexpr int width = 1;
   static V load(const double* p) { return *p; }
   static void store(double* p, V v) { *p = v; }
-  static V uniform(const PhiloxGroup& group, int offset) {
-    return SPARSE_GEN_ISA::uniform(group.words[offset / kLanes])[offset % kLanes];
+  static V odds(const PhiloxGroup& group, int offset) {
+    const Uniform uniform(group.words[offset / kLanes]);
+    return (V)uniform.complement[offset % kLanes] / uniform.u[offset % kLanes];
   }
 };
 
@@ -39,24 +42,21 @@ static inline void for_each_group(const T* const (&in)[Inputs], T* const (&out)[
                                   long long end, Body body) {
   const T* from[Inputs];
   T* to[Outputs];
-  long long i = begin;
-  for (; i + kPhiloxGroup <= end; i += kPhiloxGroup) {
-    for (int k = 0; k < Inputs; ++k) from[k] = in[k] + i;
-    for (int k = 0; k < Outputs; ++k) to[k] = out[k] + i;
-    body(i, from, to);
-  }
-  if (i == end) return;
-
   T staged_in[Inputs][kPhiloxGroup] = {};
   T staged_out[Outputs][kPhiloxGroup];
-  const unsigned long bytes = (end - i) * sizeof(T);
-  for (int k = 0; k < Inputs; ++k) {
-    __builtin_memcpy(staged_in[k], in[k] + i, bytes);
-    from[k] = staged_in[k];
+  // One call of body, so that it is inlined and what it computes for every group alike is taken out of the loop.
+  for (long long i = begin; i < end; i += kPhiloxGroup) {
+    const bool whole = i + kPhiloxGroup <= end;
+    const unsigned long bytes = (end - i) * sizeof(T);
+    for (int k = 0; k < Inputs; ++k) {
+      if (!whole) __builtin_memcpy(staged_in[k], in[k] + i, bytes);
+      from[k] = whole ? in[k] + i : staged_in[k];
+    }
+    for (int k = 0; k < Outputs; ++k) to[k] = whole ? out[k] + i : staged_out[k];
+    body(i, from, to);
+    if (!whole)
+      for (int k = 0; k < Outputs; ++k) __builtin_memcpy(out[k] + i, staged_out[k], bytes);
   }
-  for (int k = 0; k < Outputs; ++k) to[k] = staged_out[k];
-  body(i, from, to);
-  for (int k = 0; k < Outputs; ++k) __builtin_memcpy(out[k] + i, staged_out[k], bytes);
 }
 
 }  // namespace sparse_gen::SPARSE_GEN_ISA

@@ -6,6 +6,24 @@
 
 namespace sparse_gen::SPARSE_GEN_ISA {
 
+// a ^ b ^ c: one instruction on AVX-512, which compilers do not find by themselves.
+static inline u64v exclusive_or(u64v a, u64v b, u64v c) {
+#if defined(__AVX512F__)
+  return (u64v)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+// The low half of each 64-bit lane of low, and above it the low half of that of high.
+static inline u64v join_low_halves(u64v low, u64v high) {
+#if defined(__AVX512F__)
+  return (u64v)_mm512_mask_shuffle_epi32((__m512i)low, 0xaaaa, (__m512i)high, _MM_PERM_CCAA);
+#else
+  return (low & (u64v{} + 0xffffffffull)) | (high << 32);
+#endif
+}
+
 constexpr int kPhiloxGroup = 2 * kLanes;  // numbers made by one call
 
 struct PhiloxGroup {
@@ -22,6 +40,9 @@ struct Philox {
   //
   // Each 64-bit lane carries one counter in its low half, which is where the widening multiplication reads.
   // The counters are dealt to the lanes in the order that the final interleaving undoes.
+  //
+  // Unrolled, because then the compiler takes out of a loop over `first` what the uniform words make of the first two
+  // rounds, and computes once what the groups of two steps have in common there.
   PhiloxGroup group(long long first) const {
 #if SPARSE_GEN_VECTOR_BYTES == 64
     const u64v order = {0, 4, 1, 5, 2, 6, 3, 7};
@@ -34,27 +55,29 @@ struct Philox {
     u64v c0 = order + (u64)(first >> 2), c1 = zero + step, c2 = zero + stream, c3 = zero;
     const u64v factor0 = zero + 0xD2511F53ull, factor1 = zero + 0xCD9E8D57ull;
     u32 k0 = key0, k1 = key1;
+#pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
       const u64v product0 = multiply_low_halves(c0, factor0);
       const u64v product1 = multiply_low_halves(c2, factor1);
-      c0 = (product1 >> 32) ^ c1 ^ (zero + k0);
+      c0 = exclusive_or(product1 >> 32, c1, zero + k0);
       c1 = product1;
-      c2 = (product0 >> 32) ^ c3 ^ (zero + k1);
+      c2 = exclusive_or(product0 >> 32, c3, zero + k1);
       c3 = product0;
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    const u64v low_half = zero + 0xffffffffull;
-    const u64v words01 = (c0 & low_half) | (c1 << 32);
-    const u64v words23 = (c2 & low_half) | (c3 << 32);
+    const u64v words01 = join_low_halves(c0, c1), words23 = join_low_halves(c2, c3);
     return {{(u32v)interleave_even(words01, words23), (u32v)interleave_odd(words01, words23)}};
   }
 };
 
-// A word as a number strictly between 0 and 1: 23 bits and a half, so that neither end is ever reached and
-// 1 - u is exact.
-static inline f32v uniform(u32v word) {
-  return (__builtin_convertvector((i32v)(word >> 9), f32v) + 0.5f) * 0x1p-23f;
-}
+// A word as a number u strictly between 0 and 1, 23 bits and a half, so that neither end is ever reached, and 1 - u:
+// both exact, and both in units of 2^-23.
+struct Uniform {
+  f32v u, complement;
+
+  explicit Uniform(u32v word)
+      : u(__builtin_convertvector((i32v)(word >> 9), f32v) + 0.5f), complement(0x1p23f - u) {}
+};
 
 }  // namespace sparse_gen::SPARSE_GEN_ISA
