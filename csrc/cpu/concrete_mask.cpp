@@ -81,19 +81,26 @@ void update(const ConcreteMaskUpdate<T>& a, long long begin, long long end) {
   const T log_prior_odds = (T)((logarithm2(a.prior) - logarithm2(1 - a.prior)) / kLog2E);
   const T decay1 = (T)(1 - a.beta1), decay2 = (T)(1 - a.beta2), beta2 = (T)a.beta2, eps = (T)a.eps;
   const T step_size = (T)a.step_size, inverse_root2 = (T)(1 / a.root_correction2);
+  // In stages over the group's vectors, with the random numbers of the next group drawn between the gradient and Adam:
+  // one vector's chain of dependent instructions is longer than what a processor looks ahead.
+  constexpr int vectors = kPhiloxGroup / L::width;
+  V old_noise[vectors], new_noise[vectors];
+  const auto draw = [&](long long first) {
+    const PhiloxGroup old_group = old_random.group(first), new_group = new_random.group(first);
+    for (int v = 0; v < vectors; ++v) {
+      old_noise[v] = logarithm2(L::odds(old_group, v * L::width));
+      new_noise[v] = logarithm2(L::odds(new_group, v * L::width));
+    }
+  };
+  draw(begin);
   for_each_group<T>(
       {a.logits, a.exp_avg, a.exp_avg_sq, a.weight, a.grad_masked_weight},
       {a.logits, a.exp_avg, a.exp_avg_sq, a.masked_weight}, begin, end,
       [&](long long i, const T* const* in, T* const* out) {
-        const PhiloxGroup old_group = old_random.group(i), new_group = new_random.group(i);
-        // In stages over the group's vectors: one vector's chain of dependent instructions is longer than what a
-        // processor looks ahead.
-        constexpr int vectors = kPhiloxGroup / L::width;
-        V logit[vectors], old_noise[vectors], new_noise[vectors], gradient[vectors];
+        V logit[vectors], noise[vectors], gradient[vectors];
         bool near = sizeof(T) == 4;
         for (int v = 0; v < vectors; ++v) {
-          old_noise[v] = logarithm2(L::odds(old_group, v * L::width));
-          new_noise[v] = logarithm2(L::odds(new_group, v * L::width));
+          noise[v] = new_noise[v];
           logit[v] = L::load(in[0] + v * L::width);
           near = near && all_below(logit[v], 6);
         }
@@ -107,6 +114,7 @@ void update(const ConcreteMaskUpdate<T>& a, long long begin, long long end) {
           const V scale = L::load(in[4] + k) * L::load(in[3] + k) * inverse_temperature;
           gradient[v] = scale * soft.mask * soft.complement + kl_weight * gradient[v];
         }
+        draw(i + kPhiloxGroup);
         for (int v = 0; v < vectors; ++v) {
           const int k = v * L::width;
           const V exp_avg = L::load(in[1] + k) + (gradient[v] - L::load(in[1] + k)) * decay1;
@@ -118,7 +126,7 @@ void update(const ConcreteMaskUpdate<T>& a, long long begin, long long end) {
         }
         for (int v = 0; v < vectors; ++v) {
           const int k = v * L::width;
-          const SoftMask<V> soft(logit[v], new_noise[v], inverse_temperature);
+          const SoftMask<V> soft(logit[v], noise[v], inverse_temperature);
           L::store(out[3] + k, soft.mask * L::load(in[3] + k));
         }
       });
