@@ -176,7 +176,8 @@ class AlignedConvolution {
           for (int64_t b = 0; b < c.blocks; ++b) {
             copy(c, x, x_plane, load, s_.in_channels, s_.height, b, y - s_.padding, rows, source);
             SPARSE_GEN_DISPATCH(dot_columns, weights, b, 0, s_.out_channels, source, grad_out + y * s_.width,
-                                s_.out_h() * s_.width, rows, s_.width, sums);
+                                s_.out_h() * s_.width, rows, s_.width, sums,
+                                after(c, x, x_plane, s_.in_channels, s_.height, b, y - s_.padding));
           }
         }
         SPARSE_GEN_DISPATCH(finish_columns, sums, kept, partial + part * kept);
@@ -212,6 +213,19 @@ class AlignedConvolution {
     }
   }
 
+  // What is copied after a block whose rows begin with `first`: the next block, or the first one of the next strip.
+  Ahead<T> after(const AlignedCut& c, const T* x, int64_t plane, int64_t channels, int64_t height, int64_t block,
+                 int64_t first) const {
+    if (++block == c.blocks) {
+      block = 0;
+      first += c.strip_rows;
+    }
+    const int64_t inside = std::clamp<int64_t>(first, 0, height);
+    const int64_t end = std::clamp<int64_t>(first + c.strip_rows + s_.kernel_h - 1, inside, height);
+    const int64_t planes = end > inside ? std::min<int64_t>(channels - block * c.block, c.block) : 0;
+    return {x + block * c.block * plane + inside * s_.width, plane, planes, (end - inside) * s_.width};
+  }
+
   void multiply(const AlignedCut& c, const ColumnTable<T>& table, const T* x, int64_t x_plane, const Load<T>* load,
                 int64_t channels, int64_t height, int64_t above, const T* bias, T* out, int64_t groups,
                 int64_t out_height) const {
@@ -223,7 +237,8 @@ class AlignedConvolution {
         for (int64_t b = 0; b < c.blocks; ++b) {
           copy(c, x, x_plane, load, channels, height, b, y + above, rows, source);
           SPARSE_GEN_DISPATCH(multiply_columns, weights, b, 0, groups, source, out + y * s_.width,
-                              out_height * s_.width, rows, s_.width, bias, b > 0);
+                              out_height * s_.width, rows, s_.width, bias, b > 0,
+                              after(c, x, x_plane, channels, height, b, y + above));
         }
       }
     });

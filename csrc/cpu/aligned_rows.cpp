@@ -55,15 +55,44 @@ inline void accumulate(const ColumnWeights<T>& m, int k, int end, const T* sourc
   }
 }
 
+// Fetches a few lines a call, so that all are there after `calls` of them.
+template <class T>
+class Fetch {
+ public:
+  Fetch(const Ahead<T>& ahead, long long calls) : ahead_(ahead) {
+    const long long lines = ahead.planes * ((ahead.length + kInLine - 1) / kInLine);
+    in_call_ = (lines + calls - 1) / calls;
+  }
+  void some() {
+    for (long long n = 0; n < in_call_ && ahead_.planes > 0; ++n) {
+      __builtin_prefetch(ahead_.rows + at_, 0, 2);
+      at_ += kInLine;
+      if (at_ < ahead_.length) continue;
+      at_ = 0;
+      ahead_.rows += ahead_.plane;
+      --ahead_.planes;
+    }
+  }
+
+ private:
+  static constexpr long long kInLine = 64 / sizeof(T);
+  Ahead<T> ahead_;
+  long long in_call_, at_ = 0;
+};
+
 // A tile of Rows whole rows, or of a part of one row with neighbours on its left and right.
 template <class T, int Rows, int Vectors>
 void multiply_tile(const ColumnWeights<T>& m, long long block, long long first, long long last, const T* source, T* out,
-                   long long out_stride, const T* bias, bool add, bool left, bool right) {
+                   long long out_stride, const T* bias, bool add, Fetch<T>& fetch, bool left, bool right) {
   using V = typename Vector<T>::type;
   using All = typename CountLanes<kWidth<T>>::type;
   constexpr int kAll = Rows * Vectors;
   for (long long g = first; g < last; ++g) {
     T* to = out + g * out_stride;
+    fetch.some();
+    // Where the group after this one will be stored, too.
+    if (!add && g + 1 < last)
+      for (int v = 0; v < kAll; ++v) __builtin_prefetch(to + out_stride + v * kWidth<T>, 1);
     const int* begin = m.begin + g * m.stride + block * m.columns;
     V sum[kAll];
     if (add) {
@@ -106,12 +135,15 @@ void multiply_tile(const ColumnWeights<T>& m, long long block, long long first, 
 
 template <class T, int Rows, int Vectors>
 void dot_tile(const ColumnWeights<T>& m, long long block, long long first, long long last, const T* source,
-              const T* grad, long long grad_stride, T* sums, bool left, bool right) {
+              const T* grad, long long grad_stride, T* sums, Fetch<T>& fetch, bool left, bool right) {
   using V = typename Vector<T>::type;
   using All = typename CountLanes<kWidth<T>>::type;
   constexpr int kAll = Rows * Vectors;
   for (long long g = first; g < last; ++g) {
     const T* from = grad + g * grad_stride;
+    fetch.some();
+    if (g + 1 < last)
+      for (int v = 0; v < kAll; ++v) __builtin_prefetch(from + grad_stride + v * kWidth<T>);
     const int* begin = m.begin + g * m.stride + block * m.columns;
     for (int column = 0; column < m.columns; ++column) {
       int k = begin[column];
@@ -187,19 +219,29 @@ inline void for_column_tiles(long long rows, long long width, F f) {
     }
 }
 
+// Tiles of an image at least, times the groups that pass over each.
+template <class T, int Most>
+inline long long calls(long long rows, long long width, long long groups) {
+  const long long tiles = rows * width / (Most * kWidth<T>);
+  return (tiles > 0 ? tiles : 1) * groups;
+}
+
 template <class T>
 void multiply(const ColumnWeights<T>& m, long long block, long long first, long long last, const T* source, T* out,
-              long long out_stride, long long rows, long long width, const T* bias, bool add) {
+              long long out_stride, long long rows, long long width, const T* bias, bool add, const Ahead<T>& ahead) {
+  Fetch<T> fetch(ahead, calls<T, kTile>(rows, width, last - first));
   for_column_tiles<T, kTile>(rows, width, [&]<int Rows, int Vectors>(long long at, bool left, bool right) {
-    multiply_tile<T, Rows, Vectors>(m, block, first, last, source + at, out + at, out_stride, bias, add, left, right);
+    multiply_tile<T, Rows, Vectors>(m, block, first, last, source + at, out + at, out_stride, bias, add, fetch, left,
+                                    right);
   });
 }
 
 template <class T>
 void dot(const ColumnWeights<T>& m, long long block, long long first, long long last, const T* source, const T* grad,
-         long long grad_stride, long long rows, long long width, T* sums) {
+         long long grad_stride, long long rows, long long width, T* sums, const Ahead<T>& ahead) {
+  Fetch<T> fetch(ahead, calls<T, 2 * kTile>(rows, width, last - first));
   for_column_tiles<T, 2 * kTile>(rows, width, [&]<int Rows, int Vectors>(long long at, bool left, bool right) {
-    dot_tile<T, Rows, Vectors>(m, block, first, last, source + at, grad + at, grad_stride, sums, left, right);
+    dot_tile<T, Rows, Vectors>(m, block, first, last, source + at, grad + at, grad_stride, sums, fetch, left, right);
   });
 }
 
@@ -216,21 +258,23 @@ void finish(const T* sums, long long weights, T* result) {
 
 void multiply_columns(const ColumnWeights<float>& m, long long block, long long first, long long last,
                       const float* source, float* out, long long out_stride, long long rows, long long width,
-                      const float* bias, bool add) {
-  multiply(m, block, first, last, source, out, out_stride, rows, width, bias, add);
+                      const float* bias, bool add, Ahead<float> ahead) {
+  multiply(m, block, first, last, source, out, out_stride, rows, width, bias, add, ahead);
 }
 void multiply_columns(const ColumnWeights<double>& m, long long block, long long first, long long last,
                       const double* source, double* out, long long out_stride, long long rows, long long width,
-                      const double* bias, bool add) {
-  multiply(m, block, first, last, source, out, out_stride, rows, width, bias, add);
+                      const double* bias, bool add, Ahead<double> ahead) {
+  multiply(m, block, first, last, source, out, out_stride, rows, width, bias, add, ahead);
 }
 void dot_columns(const ColumnWeights<float>& m, long long block, long long first, long long last, const float* source,
-                 const float* grad, long long grad_stride, long long rows, long long width, float* sums) {
-  dot(m, block, first, last, source, grad, grad_stride, rows, width, sums);
+                 const float* grad, long long grad_stride, long long rows, long long width, float* sums,
+                 Ahead<float> ahead) {
+  dot(m, block, first, last, source, grad, grad_stride, rows, width, sums, ahead);
 }
 void dot_columns(const ColumnWeights<double>& m, long long block, long long first, long long last, const double* source,
-                 const double* grad, long long grad_stride, long long rows, long long width, double* sums) {
-  dot(m, block, first, last, source, grad, grad_stride, rows, width, sums);
+                 const double* grad, long long grad_stride, long long rows, long long width, double* sums,
+                 Ahead<double> ahead) {
+  dot(m, block, first, last, source, grad, grad_stride, rows, width, sums, ahead);
 }
 void finish_columns(const float* sums, long long weights, float* result) { finish(sums, weights, result); }
 void finish_columns(const double* sums, long long weights, double* result) { finish(sums, weights, result); }
