@@ -91,9 +91,9 @@ struct AlignedCut {
     c.strips = (height + c.strip_rows - 1) / c.strip_rows;
     constexpr int64_t line = 64 / sizeof(T);
     c.channel_stride = ((c.strip_rows + kernel_h - 1) * width / line | 1) * line;
-    // What a tile of eight vectors reads of a channel, and how many weights of a kernel column a block is to give a
-    // group.
-    const int64_t tile_rows = std::max<int64_t>(1, 8 * line / width), tile_width = std::min<int64_t>(width, 9 * line);
+    // What a tile reads of a channel, and how many weights of a kernel column a block is to give a group.
+    const int64_t tile_width = std::min<int64_t>(width, kMostTileColumns * line);
+    const int64_t tile_rows = kMostTileRows * kMostTileColumns * line / tile_width;
     const int64_t in_tile = (tile_rows + kernel_h - 1) * tile_width * sizeof(T);
     const int64_t weights = std::max<int64_t>(1, kept / (groups * kernel_w));
     const int64_t block = std::max<int64_t>(40960 / in_tile, (4 * channels + weights - 1) / weights);
@@ -232,12 +232,13 @@ class AlignedConvolution {
     const ColumnWeights<T> weights = table.weights(s_.padding);
     torch::stable::parallel_for(0, c.strips, 1, [&](int64_t first, int64_t last) {
       T* source = scratch<T>(4, c.block * c.channel_stride);
+      T* carry = scratch<T>(5, groups * kMostTileRows * 64 / sizeof(T));
       for (int64_t strip = first; strip < last; ++strip) {
         const int64_t y = strip * c.strip_rows, rows = std::min<int64_t>(c.strip_rows, out_height - y);
         for (int64_t b = 0; b < c.blocks; ++b) {
           copy(c, x, x_plane, load, channels, height, b, y + above, rows, source);
           SPARSE_GEN_DISPATCH(multiply_columns, weights, b, 0, groups, source, out + y * s_.width,
-                              out_height * s_.width, rows, s_.width, bias, b > 0,
+                              out_height * s_.width, rows, s_.width, bias, b > 0, carry,
                               after(c, x, x_plane, channels, height, b, y + above));
         }
       }

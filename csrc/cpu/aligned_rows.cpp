@@ -7,7 +7,9 @@ namespace sparse_gen::SPARSE_GEN_ISA {
 namespace {
 
 // Vectors of a tile: as many again are held for the kernel column that is being summed.
-constexpr int kTile = SPARSE_GEN_VECTOR_BYTES == 64 ? 8 : 4;
+constexpr int kTile = SPARSE_GEN_VECTOR_BYTES == 64 ? 12 : 4;
+constexpr int kDotTile = SPARSE_GEN_VECTOR_BYTES == 64 ? 16 : 8;
+static_assert(kTile / kMostTileColumns <= kMostTileRows);
 
 // Lane l of the result is lane l + D of low and high, which follow each other; with D < 0 counted from high.
 template <int D, class V, int... L>
@@ -43,15 +45,34 @@ inline void with_shift(int shift, F f) {
   }
 }
 
-template <int Vectors, class T>
-inline void accumulate(const ColumnWeights<T>& m, int k, int end, const T* source,
-                       typename Vector<T>::type (&sum)[Vectors]) {
+// How far vector v of a tile of rows of `Vectors` vectors lies from the first.
+template <class T, int Vectors>
+inline long long place(int v, long long width) {
+  return v / Vectors * width + v % Vectors * kWidth<T>;
+}
+
+// Calls f(v, pointer) for the vectors of a tile. Each row's pointer is hidden from the compiler: it would otherwise keep
+// an offset of every vector in registers and on the stack.
+template <int Rows, int Vectors, class T, class F>
+inline void each_vector(const T* from, long long width, F f) {
+#pragma GCC unroll 16
+  for (int row = 0; row < Rows; ++row) {
+    if (row > 0) {
+      from += width;
+      asm("" : "+r"(from));
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < Vectors; ++v) f(row * Vectors + v, from + v * kWidth<T>);
+  }
+}
+
+template <int Rows, int Vectors, class T>
+inline void accumulate(const ColumnWeights<T>& m, int k, int end, const T* source, long long width,
+                       typename Vector<T>::type (&sum)[Rows * Vectors]) {
   using V = typename Vector<T>::type;
   for (; k < end; ++k) {
-    const T* from = source + m.offset[k];
     const V weight = m.value[k] - V{};
-#pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v) sum[v] += weight * load_from(from + v * kWidth<T>);
+    each_vector<Rows, Vectors>(source + m.offset[k], width, [&](int v, const T* x) { sum[v] += weight * load_from(x); });
   }
 }
 
@@ -80,44 +101,41 @@ class Fetch {
   long long in_call_, at_ = 0;
 };
 
-// A tile of Rows whole rows, or of a part of one row with neighbours on its left and right.
+// A tile of rows, with tiles on its left and right or none. Tiles of a band come from left to right: what a tile's sums
+// add to the one on its right waits in carry, Rows vectors a group; what they add to the left is added there.
 template <class T, int Rows, int Vectors>
 void multiply_tile(const ColumnWeights<T>& m, long long block, long long first, long long last, const T* source, T* out,
-                   long long out_stride, const T* bias, bool add, Fetch<T>& fetch, bool left, bool right) {
+                   long long out_stride, long long width, const T* bias, bool add, T* carry, Fetch<T>& fetch, bool left,
+                   bool right) {
   using V = typename Vector<T>::type;
   using All = typename CountLanes<kWidth<T>>::type;
   constexpr int kAll = Rows * Vectors;
-  for (long long g = first; g < last; ++g) {
+  for (long long g = first; g < last; ++g, carry += Rows * kWidth<T>) {
     T* to = out + g * out_stride;
     fetch.some();
     // Where the group after this one will be stored, too.
     if (!add && g + 1 < last)
-      for (int v = 0; v < kAll; ++v) __builtin_prefetch(to + out_stride + v * kWidth<T>, 1);
+      for (int v = 0; v < kAll; ++v) __builtin_prefetch(to + out_stride + place<T, Vectors>(v, width), 1);
     const int* begin = m.begin + g * m.stride + block * m.columns;
     V sum[kAll];
     if (add) {
 #pragma GCC unroll 16
-      for (int v = 0; v < kAll; ++v) sum[v] = load_from(to + v * kWidth<T>);
+      for (int v = 0; v < kAll; ++v) sum[v] = load_from(to + place<T, Vectors>(v, width));
     } else {
       const V start = V{} + (bias ? bias[g] : T(0));
 #pragma GCC unroll 16
       for (int v = 0; v < kAll; ++v) sum[v] = start;
     }
-    accumulate(m, begin[m.center], begin[m.center + 1], source, sum);
+    if (left)
+#pragma GCC unroll 16
+      for (int row = 0; row < Rows; ++row) sum[row * Vectors] += load_from(carry + row * kWidth<T>);
+    V before[Rows] = {}, after[Rows] = {};
+    accumulate<Rows, Vectors>(m, begin[m.center], begin[m.center + 1], source, width, sum);
     for (int column = 0; column < m.columns; ++column) {
       const int k = begin[column], end = begin[column + 1], shift = column - m.center;
       if (k == end || shift == 0) continue;
-      if (Rows == 1 && (shift < 0 ? left : right)) {
-        V part[Vectors + 1] = {};
-        accumulate(m, k, end, shift < 0 ? source - kWidth<T> : source, part);
-        with_shift<kWidth<T>>(shift, [&](auto d) {
-#pragma GCC unroll 16
-          for (int v = 0; v < Vectors; ++v) sum[v] += shifted<d.value>(part[v], part[v + 1], All{});
-        });
-        continue;
-      }
       V part[kAll] = {};
-      accumulate(m, k, end, source, part);
+      accumulate<Rows, Vectors>(m, k, end, source, width, part);
       with_shift<kWidth<T>>(shift, [&](auto d) {
 #pragma GCC unroll 16
         for (int v = 0; v < kAll; ++v) {
@@ -126,16 +144,29 @@ void multiply_tile(const ColumnWeights<T>& m, long long block, long long first, 
           else
             sum[v] += shifted<d.value>(part[v], (v + 1) % Vectors ? part[v + 1] : V{}, All{});
         }
+        if (d.value < 0 ? !right : !left) return;
+#pragma GCC unroll 16
+        for (int row = 0; row < Rows; ++row) {
+          if constexpr (d.value < 0)
+            after[row] += shifted<d.value>(part[(row + 1) * Vectors - 1], V{}, All{});
+          else
+            before[row] += shifted<d.value>(V{}, part[row * Vectors], All{});
+        }
       });
     }
 #pragma GCC unroll 16
-    for (int v = 0; v < kAll; ++v) store_to(to + v * kWidth<T>, sum[v]);
+    for (int v = 0; v < kAll; ++v) store_to(to + place<T, Vectors>(v, width), sum[v]);
+    for (int row = 0; left && row < Rows; ++row) {
+      T* beside = to + row * width - kWidth<T>;
+      store_to(beside, load_from(beside) + before[row]);
+    }
+    for (int row = 0; right && row < Rows; ++row) store_to(carry + row * kWidth<T>, after[row]);
   }
 }
 
 template <class T, int Rows, int Vectors>
 void dot_tile(const ColumnWeights<T>& m, long long block, long long first, long long last, const T* source,
-              const T* grad, long long grad_stride, T* sums, Fetch<T>& fetch, bool left, bool right) {
+              const T* grad, long long grad_stride, long long width, T* sums, Fetch<T>& fetch, bool left, bool right) {
   using V = typename Vector<T>::type;
   using All = typename CountLanes<kWidth<T>>::type;
   constexpr int kAll = Rows * Vectors;
@@ -143,34 +174,32 @@ void dot_tile(const ColumnWeights<T>& m, long long block, long long first, long 
     const T* from = grad + g * grad_stride;
     fetch.some();
     if (g + 1 < last)
-      for (int v = 0; v < kAll; ++v) __builtin_prefetch(from + grad_stride + v * kWidth<T>);
+      for (int v = 0; v < kAll; ++v) __builtin_prefetch(from + grad_stride + place<T, Vectors>(v, width));
     const int* begin = m.begin + g * m.stride + block * m.columns;
     for (int column = 0; column < m.columns; ++column) {
       int k = begin[column];
       const int end = begin[column + 1];
       if (k == end) continue;
       V held[kAll];
-      const auto at = [&](int v) { return load_from(from + v * kWidth<T>); };
+      const auto at = [&](int row, int v) { return load_from(from + row * width + v * kWidth<T>); };
       // The source's column x is seen from the gradient's column x - shift.
       with_shift<kWidth<T>>(m.center - column, [&](auto d) {
 #pragma GCC unroll 16
         for (int v = 0; v < kAll; ++v) {
+          const int row = v / Vectors, x = v % Vectors;
           if constexpr (d.value == 0) {
-            held[v] = at(v);
+            held[v] = at(row, x);
           } else if constexpr (d.value < 0) {
-            const bool inside = v % Vectors || (Rows == 1 && left);
-            held[v] = shifted<d.value>(inside ? at(v - 1) : V{}, at(v), All{});
+            held[v] = shifted<d.value>(x > 0 || left ? at(row, x - 1) : V{}, at(row, x), All{});
           } else {
-            const bool inside = (v + 1) % Vectors || (Rows == 1 && right);
-            held[v] = shifted<d.value>(at(v), inside ? at(v + 1) : V{}, All{});
+            held[v] = shifted<d.value>(at(row, x), x + 1 < Vectors || right ? at(row, x + 1) : V{}, All{});
           }
         }
       });
       const auto dot_with = [&](int weight) {
-        const T* x = source + m.offset[weight];
-        V dot = held[0] * load_from(x);
-#pragma GCC unroll 16
-        for (int v = 1; v < kAll; ++v) dot += held[v] * load_from(x + v * kWidth<T>);
+        V dot = {};
+        each_vector<Rows, Vectors>(source + m.offset[weight], width,
+                                   [&](int v, const T* x) { dot += held[v] * load_from(x); });
         return dot;
       };
       for (; k + 4 <= end; k += 4) {
@@ -185,38 +214,39 @@ void dot_tile(const ColumnWeights<T>& m, long long block, long long first, long 
   }
 }
 
-// Calls f.template operator()<Rows, Vectors>(offset, left, right) for tiles of at most Most vectors.
+// Calls f.template operator()<Rows, Vectors>(offset, left, right) for tiles of at most Most vectors: bands of rows from
+// above, each from left to right.
 template <class T, int Most, class F>
 inline void for_column_tiles(long long rows, long long width, F f) {
   const long long vectors = width / kWidth<T>;
   long long y = 0;
-  const auto whole = [&]<int Rows, int Vectors>(const auto& again) {
-    for (; y + Rows <= rows; y += Rows) f.template operator()<Rows, Vectors>(y * width, false, false);
-    if constexpr (Rows > 1) again.template operator()<Rows / 2, Vectors>(again);
-  };
-  if (vectors == 1) whole.template operator()<Most, 1>(whole);
-  if (vectors == 2) whole.template operator()<Most / 2, 2>(whole);
-  if (vectors == 4) whole.template operator()<Most / 4, 4>(whole);
-  if constexpr (Most >= 8)
-    if (vectors == 8) whole.template operator()<Most / 8, 8>(whole);
-  for (; y < rows; ++y)
+  const auto band = [&]<int Rows, int Vectors>() {
     for (long long v = 0; v < vectors;) {
-      const long long left = vectors - v, at = y * width + v * kWidth<T>;
-      const auto part = [&]<int Vectors>() {
-        if constexpr (Vectors <= Most) f.template operator()<1, Vectors>(at, v > 0, left > Vectors);
-        v += Vectors;
+      const long long left = vectors - v;
+      const auto tile = [&]<int Own>() {
+        f.template operator()<Rows, Own>(y * width + v * kWidth<T>, v > 0, left > Own);
+        v += Own;
       };
-      if (left >= Most)
-        part.template operator()<Most>();
-      else if (left >= 8)
-        part.template operator()<8>();
-      else if (left >= 4)
-        part.template operator()<4>();
-      else if (left >= 2)
-        part.template operator()<2>();
+      if (left >= Vectors)
+        tile.template operator()<Vectors>();
+      else if (Vectors > 2 && left >= 2)
+        tile.template operator()<(Vectors > 2 ? 2 : 1)>();
       else
-        part.template operator()<1>();
+        tile.template operator()<1>();
     }
+    y += Rows;
+  };
+  const auto bands = [&]<int Rows, int Vectors>(const auto& again) {
+    // Four rows are cut into two and two, not three and one.
+    for (; rows - y >= Rows && !(Rows == 3 && rows - y == 4);) band.template operator()<Rows, Vectors>();
+    if constexpr (Rows > 1) again.template operator()<Rows == 3 ? 2 : Rows / 2, Vectors>(again);
+  };
+  if (vectors == 1)
+    bands.template operator()<Most, 1>(bands);
+  else if (vectors < kMostTileColumns)
+    bands.template operator()<Most / 2, 2>(bands);
+  else
+    bands.template operator()<Most / kMostTileColumns, kMostTileColumns>(bands);
 }
 
 // Tiles of an image at least, times the groups that pass over each.
@@ -228,20 +258,22 @@ inline long long calls(long long rows, long long width, long long groups) {
 
 template <class T>
 void multiply(const ColumnWeights<T>& m, long long block, long long first, long long last, const T* source, T* out,
-              long long out_stride, long long rows, long long width, const T* bias, bool add, const Ahead<T>& ahead) {
+              long long out_stride, long long rows, long long width, const T* bias, bool add, T* carry,
+              const Ahead<T>& ahead) {
   Fetch<T> fetch(ahead, calls<T, kTile>(rows, width, last - first));
   for_column_tiles<T, kTile>(rows, width, [&]<int Rows, int Vectors>(long long at, bool left, bool right) {
-    multiply_tile<T, Rows, Vectors>(m, block, first, last, source + at, out + at, out_stride, bias, add, fetch, left,
-                                    right);
+    multiply_tile<T, Rows, Vectors>(m, block, first, last, source + at, out + at, out_stride, width, bias, add, carry,
+                                    fetch, left, right);
   });
 }
 
 template <class T>
 void dot(const ColumnWeights<T>& m, long long block, long long first, long long last, const T* source, const T* grad,
          long long grad_stride, long long rows, long long width, T* sums, const Ahead<T>& ahead) {
-  Fetch<T> fetch(ahead, calls<T, 2 * kTile>(rows, width, last - first));
-  for_column_tiles<T, 2 * kTile>(rows, width, [&]<int Rows, int Vectors>(long long at, bool left, bool right) {
-    dot_tile<T, Rows, Vectors>(m, block, first, last, source + at, grad + at, grad_stride, sums, fetch, left, right);
+  Fetch<T> fetch(ahead, calls<T, kDotTile>(rows, width, last - first));
+  for_column_tiles<T, kDotTile>(rows, width, [&]<int Rows, int Vectors>(long long at, bool left, bool right) {
+    dot_tile<T, Rows, Vectors>(m, block, first, last, source + at, grad + at, grad_stride, width, sums, fetch, left,
+                              right);
   });
 }
 
@@ -258,13 +290,15 @@ void finish(const T* sums, long long weights, T* result) {
 
 void multiply_columns(const ColumnWeights<float>& m, long long block, long long first, long long last,
                       const float* source, float* out, long long out_stride, long long rows, long long width,
-                      const float* bias, bool add, Ahead<float> ahead) {
-  multiply(m, block, first, last, source, out, out_stride, rows, width, bias, add, ahead);
+                      const float* bias, bool add, float* carry,
+                      Ahead<float> ahead) {
+  multiply(m, block, first, last, source, out, out_stride, rows, width, bias, add, carry, ahead);
 }
 void multiply_columns(const ColumnWeights<double>& m, long long block, long long first, long long last,
                       const double* source, double* out, long long out_stride, long long rows, long long width,
-                      const double* bias, bool add, Ahead<double> ahead) {
-  multiply(m, block, first, last, source, out, out_stride, rows, width, bias, add, ahead);
+                      const double* bias, bool add, double* carry,
+                      Ahead<double> ahead) {
+  multiply(m, block, first, last, source, out, out_stride, rows, width, bias, add, carry, ahead);
 }
 void dot_columns(const ColumnWeights<float>& m, long long block, long long first, long long last, const float* source,
                  const float* grad, long long grad_stride, long long rows, long long width, float* sums,

@@ -24,6 +24,9 @@ struct Ahead {
 };
 
 constexpr int kColumnLanes = 4;
+// Tiles are no wider than so many vectors, and, where an image has that width, no higher than so many rows.
+constexpr int kMostTileColumns = 4;
+constexpr int kMostTileRows = 3;
 constexpr int kMostShift = 3;
 
 // clang-format off
@@ -32,14 +35,15 @@ SPARSE_GEN_DECLARE(
   // source[offset[k] + y * width + x + column - center], zeros beside a row, for first <= g < last, 0 <= y < rows,
   // 0 <= x < width. The start is what is there where `add` is set, else bias[g], which may be null, for 0. width is a
   // multiple of a vector, and no column is further from the center than kMostShift.
+  // carry is room for kMostTileRows vectors a group.
   // Where source and width are, all loads are aligned: the sums of each kernel column are shifted in registers. Loads
   // that straddle two cache lines took half of the time of a direct loop.
   void multiply_columns(const ColumnWeights<float>&, long long block, long long first, long long last,
                         const float* source, float* out, long long out_stride, long long rows, long long width,
-                        const float* bias, bool add, Ahead<float>);
+                        const float* bias, bool add, float* carry, Ahead<float>);
   void multiply_columns(const ColumnWeights<double>&, long long block, long long first, long long last,
                         const double* source, double* out, long long out_stride, long long rows, long long width,
-                        const double* bias, bool add, Ahead<double>);
+                        const double* bias, bool add, double* carry, Ahead<double>);
 
   // Adds the sums over y and x of grad[g * grad_stride + y * width + x] * source[offset[k] + y * width + x + column -
   // center] to the partial sums of every weight k of the block and the groups. sums holds kColumnLanes elements a
