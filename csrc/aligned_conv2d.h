@@ -96,7 +96,8 @@ struct AlignedCut {
     const int64_t tile_rows = kMostTileRows * kMostTileColumns * line / tile_width;
     const int64_t in_tile = (tile_rows + kernel_h - 1) * tile_width * sizeof(T);
     const int64_t weights = std::max<int64_t>(1, kept / (groups * kernel_w));
-    const int64_t block = std::max<int64_t>(40960 / in_tile, (4 * channels + weights - 1) / weights);
+    const int64_t fitting = (channels * in_tile <= 40960 ? 40960 : 32768) / in_tile;
+    const int64_t block = std::max<int64_t>(fitting, (4 * channels + weights - 1) / weights);
     c.blocks = (channels + block - 1) / std::min<int64_t>(block, channels);
     c.block = (channels + c.blocks - 1) / c.blocks;
     c.blocks = (channels + c.block - 1) / c.block;

@@ -1,5 +1,7 @@
 #include "aligned_rows.h"
 
+#include <bit>
+
 #include "dot_sums.h"
 
 namespace sparse_gen::SPARSE_GEN_ISA {
@@ -239,7 +241,7 @@ inline void for_column_tiles(long long rows, long long width, F f) {
   const auto bands = [&]<int Rows, int Vectors>(const auto& again) {
     // Four rows are cut into two and two, not three and one.
     for (; rows - y >= Rows && !(Rows == 3 && rows - y == 4);) band.template operator()<Rows, Vectors>();
-    if constexpr (Rows > 1) again.template operator()<Rows == 3 ? 2 : Rows / 2, Vectors>(again);
+    if constexpr (Rows > 1) again.template operator()<(int)std::bit_floor(Rows - 1u), Vectors>(again);
   };
   if (vectors == 1)
     bands.template operator()<Most, 1>(bands);
