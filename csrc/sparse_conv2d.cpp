@@ -5,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include "aligned_conv2d.h"
 #include "binding.h"
 #include "cpu/padding.h"
 #include "cpu/sparse_rows.h"
@@ -300,6 +301,18 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const std::optional<
   Tensor out = torch::stable::empty({x.size(0), out_channels, shape.out_h(), shape.out_w()}, x.scalar_type());
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
+    if (AlignedConvolution<T>::takes(shape, x)) {
+      const AlignedConvolution<T> convolution(shape, taps);
+      for (int64_t e = 0; e < x.size(0); ++e) {
+        const Image<T> image = image_of<T>(x, load, e);
+        convolution.forward(convolution.to_outputs(values.const_data_ptr<T>() + e * values.size(1),
+                                                   by_output.const_data_ptr<int64_t>()),
+                            image.data, image.plane, image.load,
+                            bias ? bias->const_data_ptr<T>() + e * out_channels : nullptr,
+                            out.mutable_data_ptr<T>() + e * out_channels * shape.out_h() * shape.out_w());
+      }
+      return;
+    }
     const Convolution<T> convolution(shape, taps, x.stride(1), x.stride(2), load.has_value());
     SparseTable<T> table(kTable, kValues, out_channels, convolution.over_x().blocks, by_output.const_data_ptr<int64_t>(),
                          nullptr);
@@ -328,6 +341,22 @@ std::tuple<Tensor, Tensor> sparse_conv2d_backward(const Tensor& grad_out, const 
   Tensor grad_values = needs_grad_values ? torch::stable::empty_like(values) : torch::stable::empty({0}, x.scalar_type());
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
+    if (AlignedConvolution<T>::takes(shape, x)) {
+      const AlignedConvolution<T> convolution(shape, taps);
+      for (int64_t e = 0; e < x.size(0); ++e) {
+        const T* own_values = values.const_data_ptr<T>() + e * kept;
+        const T* gradient = grad_out.const_data_ptr<T>() + e * plane;
+        if (needs_grad_x)
+          convolution.backward_x(convolution.to_inputs(own_values, by_input.const_data_ptr<int64_t>(),
+                                                       input_order.const_data_ptr<int64_t>()),
+                                 gradient, grad_x.mutable_data_ptr<T>() + e * image);
+        const Image<T> seen = image_of<T>(x, load, e);
+        if (needs_grad_values)
+          convolution.backward_values(convolution.to_outputs(own_values, by_output.const_data_ptr<int64_t>()), seen.data,
+                                      seen.plane, seen.load, gradient, grad_values.mutable_data_ptr<T>() + e * kept);
+      }
+      return;
+    }
     const Convolution<T> convolution(shape, taps, x.stride(1), x.stride(2), load.has_value());
     for (int64_t e = 0; e < x.size(0); ++e) {
       const T* own_values = values.const_data_ptr<T>() + e * kept;

@@ -70,6 +70,24 @@ def test_copies_of_many_weights_a_row_and_of_few(instruction_set, shape, stride,
     assert_equal(shape, size, density=0.5, stride=stride)
 
 
+# Rows of whole vectors, of one to several tiles: there the sums of a kernel column may be shifted in registers.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [(1, 3), (3, 3), (4, 5), (2, 7)], ids=str)
+@pytest.mark.parametrize("density", [0.1, 0.6])
+@pytest.mark.parametrize(
+    "size", [(1, 8), (5, 16), (37, 32), (9, 48), (35, 64), (3, 80), (21, 128), (19, 240), (2, 528)]
+)
+def test_rows_of_whole_vectors(instruction_set, size, density, kernel, dtype):
+    assert_equal((9, 11, *kernel), size, density=density, dtype=dtype, padding=kernel[1] // 2, mode="zeros")
+
+
+@pytest.mark.parametrize("shape", [(3, 150, 5, 5), (150, 3, 5, 5)], ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.9])
+@pytest.mark.parametrize("size", [(17, 32), (20, 256)])
+def test_blocks_of_channels_of_whole_vectors(instruction_set, shape, density, size):
+    assert_equal(shape, size, density=density, mode="zeros")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -99,7 +117,7 @@ def test_any_shape(channels, kernel, size, stride, padding, mode, density, exper
 @pytest.mark.parametrize("outputs", [4, 33])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("mode", range(len(MODES)))
-@pytest.mark.parametrize("size", [(5, 7), (70, 63)])
+@pytest.mark.parametrize("size", [(5, 7), (70, 63), (40, 64)])
 def test_an_image_read_through_a_load(instruction_set, size, mode, stride, outputs):
     torch.manual_seed(0)
     pattern = SparsePattern.of(torch.rand(outputs, 5, 3, 3) < 0.8, stride)
@@ -172,10 +190,11 @@ def test_only_the_gradients_that_are_needed_are_computed():
     assert x.grad is not None
 
 
-def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set):
+@pytest.mark.parametrize("width", [64, 70])
+def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set, width):
     mask, generator = random_mask((16, 8, 3, 3), 0.3)
     pattern = SparsePattern.of(mask)
-    x = torch.randn(2, 8, 70, 70, generator=generator).requires_grad_()
+    x = torch.randn(2, 8, 70, width, generator=generator).requires_grad_()
     values = torch.randn(2, len(pattern.index), generator=generator).requires_grad_()
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 3):

@@ -1,6 +1,6 @@
 #include "sparse_rows.h"
 
-#include "vector.h"
+#include "dot_sums.h"
 
 namespace sparse_gen::SPARSE_GEN_ISA {
 
@@ -41,7 +41,7 @@ void multiply_tile(const SparseRows<T>& m, long long first, long long last, cons
 #pragma GCC unroll 8
       for (int s = 0; s < kSets; ++s) {
         const T* from = source + m.offset[k + s];
-        const V weight = V{} + m.value[k + s];
+        const V weight = m.value[k + s] - V{};
 #pragma GCC unroll 16
         for (int v = 0; v < Vectors; ++v) sum[s][v] += weight * load_from(from + v * kWidth<T>);
       }
@@ -49,7 +49,7 @@ void multiply_tile(const SparseRows<T>& m, long long first, long long last, cons
     if constexpr (kSets > 1) {
       for (; k < end; ++k) {
         const T* from = source + m.offset[k];
-        const V weight = V{} + m.value[k];
+        const V weight = m.value[k] - V{};
 #pragma GCC unroll 16
         for (int v = 0; v < Vectors; ++v) sum[0][v] += weight * load_from(from + v * kWidth<T>);
       }
@@ -62,33 +62,6 @@ void multiply_tile(const SparseRows<T>& m, long long first, long long last, cons
     }
   }
 }
-
-// Lanes l without bit H: a[l] + a[l + H]; with it: b[l] + b[l - H].
-template <class V, int H, int... L>
-inline V add_halves(V a, V b, Lanes<L...>) {
-  constexpr int width = sizeof...(L);
-  return __builtin_shufflevector(a, b, ((L & H) ? width + L : L)...) +
-         __builtin_shufflevector(a, b, ((L & H) ? width + L - H : L + H)...);
-}
-
-// Four weights' vectors as one, each weight's partial sums in a quarter of it, in order. Vectors of two elements hold
-// two weights each.
-template <class T>
-inline void add_to_sums(const typename Vector<T>::type (&dot)[kRowGroup], T* sums) {
-  using V = typename Vector<T>::type;
-  constexpr int width = kWidth<T>;
-  using All = typename CountLanes<width>::type;
-  if constexpr (width >= 4) {
-    const V even = add_halves<V, width / 2>(dot[0], dot[2], All{}), odd = add_halves<V, width / 2>(dot[1], dot[3], All{});
-    store_to(sums, load_from(sums) + add_halves<V, width / 4>(even, odd, All{}));
-  } else {
-    store_to(sums, load_from(sums) + add_halves<V, 1>(dot[0], dot[1], All{}));
-    store_to(sums + 2, load_from(sums + 2) + add_halves<V, 1>(dot[2], dot[3], All{}));
-  }
-}
-
-template <class T>
-constexpr int kSumLanes = kWidth<T> >= 4 ? kWidth<T> / 4 : 1;
 
 template <class T, int Vectors>
 void dot_tile(const SparseRows<T>& m, long long first, long long last, const T* source, const T* grad,

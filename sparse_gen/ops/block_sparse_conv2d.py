@@ -126,7 +126,7 @@ def _fake(
     return x.new_empty(len(x), out_channels, height, (x.shape[3] + 2 * padding - kernel_w) // stride + 1)
 
 
-register_sparse_convolution(
+_run = register_sparse_convolution(
     "Tensor index, Tensor order, Tensor columns, Tensor starts,"
     " int block_out, int out_channels, int kernel_h, int kernel_w, int stride, int padding, int mode",
     reference=block_sparse_conv2d_reference,
@@ -162,7 +162,7 @@ def block_sparse_conv2d(
     check_convolution(x, values, bias, pattern.shape, len(pattern.index), padding_mode)
     check_padding(x, pattern.shape, padding, padding_mode)
     out_channels, _, kernel_h, kernel_w = pattern.shape
-    return torch.ops.sparse_gen.block_sparse_conv2d(
+    return _run(
         x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous(),
         pattern.index, pattern.order, pattern.columns, pattern.starts, pattern.block[0],
         out_channels, kernel_h, kernel_w, pattern.stride, padding, PADDING_MODES.index(padding_mode),

@@ -142,7 +142,7 @@ def _fake(x, values, bias, taps, by_output, by_input, order, out_channels, kerne
     return x.new_empty(len(x), out_channels, height, _output_size(x.shape[3], kernel_w, stride, padding))
 
 
-register_sparse_convolution(
+_run = register_sparse_convolution(
     "Tensor taps, Tensor by_output, Tensor by_input, Tensor input_order,"
     " int out_channels, int kernel_h, int kernel_w, int stride, int padding, int mode",
     reference=sparse_conv2d_reference,
@@ -179,7 +179,7 @@ def sparse_conv2d(
     check_convolution(x, values, bias, pattern.shape, len(pattern.index), padding_mode)
     check_padding(x, pattern.shape, padding, padding_mode)
     out_channels, _, kernel_h, kernel_w = pattern.shape
-    return torch.ops.sparse_gen.sparse_conv2d(
+    return _run(
         x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous(),
         pattern.taps, pattern.by_output, pattern.by_input, pattern.input_order,
         out_channels, kernel_h, kernel_w, pattern.stride, padding, PADDING_MODES.index(padding_mode), None,

@@ -76,7 +76,7 @@ def _fake(x, values, bias, taps, by_tap, tap_order, by_input, input_order, out_c
     return x.new_empty(len(x), out_channels, 2 * x.shape[2], 2 * x.shape[3])
 
 
-register_sparse_convolution(
+_run = register_sparse_convolution(
     "Tensor taps, Tensor by_tap, Tensor tap_order, Tensor by_input, Tensor input_order,"
     " int out_channels, int kernel_h, int kernel_w, int padding, int mode, int upsample",
     reference=sparse_upsample_conv2d_reference,
@@ -115,7 +115,7 @@ def sparse_upsample_conv2d(
     """
     _check(x, values, pattern.pattern, bias, padding, padding_mode, upsample)
     out_channels, _, kernel_h, kernel_w = pattern.pattern.shape
-    return torch.ops.sparse_gen.sparse_upsample_conv2d(
+    return _run(
         x.contiguous(), values.contiguous(), None if bias is None else bias.contiguous(),
         pattern.pattern.taps, pattern.by_tap, pattern.tap_order, pattern.pattern.by_input,
         pattern.pattern.input_order, out_channels, kernel_h, kernel_w, padding, PADDING_MODES.index(padding_mode),
