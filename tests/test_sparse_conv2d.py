@@ -190,7 +190,7 @@ def test_only_the_gradients_that_are_needed_are_computed():
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("width", [64, 70])
+@pytest.mark.parametrize("width", [64, 70, 144])
 def test_the_same_bits_at_any_thread_count_and_beside_other_experiments(instruction_set, width):
     mask, generator = random_mask((16, 8, 3, 3), 0.3)
     pattern = SparsePattern.of(mask)
