@@ -37,7 +37,7 @@ _OPTIONS = {
     "imp": (*_TRAINING, "prunable", "scope", "floor", "rounds", "search_steps"),
 }
 # What a method finds its mask with, besides the configuration; checked here, before the first experiment.
-_FINDING = {"scope": choice("global", "layer"), "floor": floor_check, "rounds": integer(1, 10**6)}
+FINDING = {"scope": choice("global", "layer"), "floor": floor_check, "rounds": integer(1, 10**6)}
 _ROUNDS = {"synflow": 100, "imp": 5}
 _PASSES = {"snip": 1, "grasp": 2}
 _PLURAL = {"image": "images", "sigma": "sigmas", "density": "densities", "seed": "seeds", "steps": "budget"}
@@ -212,7 +212,7 @@ class Plan:
     def _experiment(self, seed, image, sigma, generator, method, density, *, device=None, name="", sha256=None):
         kind = self._kind(method)
         options = {key: value for key, value in self.methods[method].items() if key not in ("method", "run_on")}
-        finding = {key: options.pop(key) for key in _FINDING if key in options}
+        finding = {key: options.pop(key) for key in FINDING if key in options}
         try:
             config = DenoiseConfig(
                 image=image,
@@ -307,7 +307,7 @@ def _method(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"methods.{name}.run_on: expected true or false, got {show(options['run_on'])}, write one of the two"
         )
-    checked = {key: check(f"methods.{name}.{key}", options[key]) for key, check in _FINDING.items() if key in options}
+    checked = {key: check(f"methods.{name}.{key}", options[key]) for key, check in FINDING.items() if key in options}
     return {"method": kind, **options, **checked}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sparse_gen.experiments.plan import Experiment, Plan
+from sparse_gen.experiments.plan import FINDING, Experiment, Plan
 from sparse_gen.experiments.shards import DONE, FAILED, read_rows, write_csv, write_parquet
 from sparse_gen.files import claim_folder, write_json
 
@@ -245,9 +245,10 @@ def _patiently(attempt: Callable[[], None]) -> None:
 def _flat(experiment: Experiment, row: Mapping[str, Any] | None) -> dict[str, Any]:
     """An experiment and its results as one row: what was resolved on the way takes the place of what was left open."""
     plain = experiment.plain()
-    config = plain.pop("config")
+    config, finding = plain.pop("config"), plain.pop("finding")
     settings = {**config, "image_path": config["image"], "generator_class": config["generator"]}
     ended = {"status": None, "reason": None} if row is None else {"status": row["status"], "reason": row.get("reason")}
+    plain |= {name: finding.get(name) for name in FINDING}
     return {"key": experiment.key, **ended, **settings, **plain, **(row or {}).get("results", {})}
 
 
