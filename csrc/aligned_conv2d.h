@@ -109,7 +109,7 @@ template <class T>
 class AlignedConvolution {
  public:
   static bool takes(const ConvShape& s, const Tensor& x) {
-    if (instruction_set() != InstructionSet::avx512) return false;
+    if (instruction_set() < InstructionSet::avx512) return false;
     // One kernel column has no unaligned loads to save, and tiles of three vectors would read four.
     constexpr int64_t lanes = 64 / sizeof(T);
     const int64_t vectors = s.width / lanes;
