@@ -312,7 +312,7 @@ def test_opcheck():
         ({"padding": 8, "padding_mode": "reflect"}, "more than 8 pixels a side to reflect, got 8×8"),
         ({"padding_mode": "circular"}, "padding_mode out of zeros, reflect, replicate, got 'circular'"),
         ({"upsample": "cubic"}, "upsample out of None, nearest, bilinear, got 'cubic'"),
-        ({"layout": "fft"}, "layout out of auto, direct, taps, phase, gemm, tiles, got 'fft'"),
+        ({"layout": "fft"}, "layout out of auto, direct, .*, got 'fft'"),
         ({"layout": "phase"}, "'phase', which is for nearest up-sampling and a 3×3 kernel with padding 1"),
         ({"layout": "taps", "upsample": "nearest"}, "'taps', which is for up-sampling"),
         ({"x": torch.zeros(1, 2, 3, 3), "pool": True}, "at least one pixel, got 0×0"),

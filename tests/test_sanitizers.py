@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -104,9 +105,12 @@ def test_the_operators_tests_pass_without_a_report(run):
     # What is compiled for GPUs is no C++ of ours; opcheck traces Python and takes longer than all kernels together.
     # -s: what a sanitizer writes before it ends the process is not to vanish in pytest's capture.
     skipped = ["-m", "not interpreter and not aot and not nvcc", "-k", "not opcheck"]
-    done = run(RUN_PYTEST, "-q", "-s", "-p", "no:cacheprovider", *skipped, *files)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
+    options = ["-q", "-s", "-p", "no:cacheprovider", *skipped]
+    with ThreadPoolExecutor() as pool:  # one thread each: two halves side by side
+        halves = list(pool.map(lambda half: run(RUN_PYTEST, *options, *half), (files[::2], files[1::2])))
+    for done in halves:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]
+    assert sum(int(re.search(r"(\d+) passed", done.stdout)[1]) for done in halves) > 500
 
 
 def test_a_read_beyond_a_tensor_is_reported(run):
