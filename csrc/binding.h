@@ -31,13 +31,10 @@ void parallel_over_chunks(int64_t experiments, int64_t numel, const Body& body) 
   });
 }
 
-// Calls body with a value of the tensor's element type.
+// Calls body with a value of the tensor's element type, and gives what it gives.
 template <class Body>
-void for_float_type(const Tensor& tensor, const Body& body) {
-  if (tensor.scalar_type() == ScalarType::Double)
-    body(double{});
-  else
-    body(float{});
+auto for_float_type(const Tensor& tensor, const Body& body) {
+  return tensor.scalar_type() == ScalarType::Double ? body(double{}) : body(float{});
 }
 
 }  // namespace sparse_gen

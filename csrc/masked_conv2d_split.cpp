@@ -1,18 +1,13 @@
 #include <algorithm>
-#include <optional>
-#include <tuple>
 #include <vector>
 
-#include "binding.h"
-#include "cpu/masked_conv2d_tiles.h"
+#include "masked_conv2d.h"
 #include "scratch.h"
 #include "split_weight.h"
 
 namespace sparse_gen {
 
 namespace {
-
-#if defined(SPARSE_GEN_AMX)
 
 using amx::kParts;
 using amx::kTileBytes;
@@ -41,11 +36,11 @@ void forward(const TileConvolution& c, const float* x, const float* weight, cons
   const int64_t width = c.phase_w(), phase = (deal.rows + c.reach_h()) * width;
   const int64_t stride = tile_plane(c.phases() * phase), pixels = split_plane(c.phases() * phase);
   char* packed = scratch<char>(0, tile_blocks(c.out_channels) * SplitWeight::bytes_of_16_rows(c.in_channels, c.taps()));
-  const SplitWeight left(weight, every(c.in_channels * c.taps(), c.out_channels), every(c.taps(), c.in_channels),
-                         every(1, c.taps()), packed);
+  const SplitWeight split(weight, every(c.in_channels * c.taps(), c.out_channels), every(c.taps(), c.in_channels),
+                          every(1, c.taps()), packed);
   torch::stable::parallel_for(0, deal.bands * deal.groups, 1, [&](int64_t begin, int64_t end) {
     float* source = scratch<float>(1, c.in_channels * stride + tile_plane(c.source_w()));
-    char* packed_pixels = scratch<char>(2, left.depth.pixel_bytes(pixels));
+    char* packed_pixels = scratch<char>(2, split.depth.pixel_bytes(pixels));
     const int64_t room_stride = split_plane(deal.rows * width);
     float* room = scratch<float>(3, kTileRows * room_stride);
     std::vector<Step> steps;
@@ -58,18 +53,18 @@ void forward(const TileConvolution& c, const float* x, const float* weight, cons
       if (band != prepared) {
         const int64_t own_phase = (last - first + c.reach_h()) * width;
         SPARSE_GEN_DISPATCH(tile_source, c, x, first, last, source, stride, source + c.in_channels * stride);
-        amx::pack_pixels(left.depth, source, stride, c.phases() * own_phase, packed_pixels, pixels);
+        amx::pack_pixels(split.depth, source, stride, c.phases() * own_phase, packed_pixels, pixels);
         std::vector<long long> tap_at(c.taps());
         for (int64_t tap = 0; tap < c.taps(); ++tap) {
           const int64_t ky = tap / c.kernel_w, kx = tap % c.kernel_w, step = c.stride;
           tap_at[tap] = (ky % step * step + kx % step) * own_phase + ky / step * width + kx / step;
         }
-        steps = split_steps(left.depth, pixels, tap_at);
+        steps = split_steps(split.depth, pixels, tap_at);
       }
       prepared = band;
       for (int64_t row = from; row < to; row += kTileRows) {
         const int64_t row_end = std::min(row + kTileRows, to);
-        left.multiply(packed_pixels, steps, row / kTile, row_end - row, (last - first) * width, room, room_stride);
+        split.multiply(packed_pixels, steps, row / kTile, row_end - row, (last - first) * width, room, room_stride);
         for (int64_t o = row; o < row_end; ++o)
           for (int64_t y = first; y < last; ++y) {
             const float* sums = room + (o - row) * room_stride + (y - first) * width;
@@ -89,7 +84,7 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
   const int64_t stride = tile_plane(elements), pixels = split_plane(elements), room_stride = split_plane(deal.rows * width);
   const int64_t result_stride = tile_plane(c.phases() * c.phase_h() * width);
   // Each phase of the source has taps of its own.
-  std::vector<SplitWeight> left;
+  std::vector<SplitWeight> split;
   std::vector<std::vector<Step>> steps;
   const int64_t bytes = tile_blocks(c.in_channels) * SplitWeight::bytes_of_16_rows(c.out_channels, 1);
   char* packed = scratch<char>(0, c.taps() * bytes);
@@ -102,15 +97,15 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
       weight_at.push_back(tap);
       tap_at.push_back(c.reach_w() + (c.reach_h() - ky / step) * width - kx / step);
     }
-    left.emplace_back(weight, every(c.taps(), c.in_channels), every(c.in_channels * c.taps(), c.out_channels), weight_at,
-                      packed);
+    split.emplace_back(weight, every(c.taps(), c.in_channels), every(c.in_channels * c.taps(), c.out_channels), weight_at,
+                       packed);
     packed += weight_at.size() * bytes;
-    steps.push_back(split_steps(left[p].depth, pixels, tap_at));
+    steps.push_back(split_steps(split[p].depth, pixels, tap_at));
   }
   float* result = scratch<float>(4, c.in_channels * result_stride);
   torch::stable::parallel_for(0, deal.bands * deal.groups, 1, [&](int64_t begin, int64_t end) {
     float* gradient = scratch<float>(1, c.out_channels * stride);
-    char* packed_pixels = scratch<char>(2, left[0].depth.pixel_bytes(pixels));
+    char* packed_pixels = scratch<char>(2, split[0].depth.pixel_bytes(pixels));
     float* room = scratch<float>(3, kTileRows * room_stride);
     int64_t prepared = -1;
     for (int64_t task = begin; task < end; ++task) {
@@ -120,13 +115,13 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
       if (first >= last) continue;
       if (band != prepared) {
         SPARSE_GEN_DISPATCH(tile_gradient, c, grad_out, first, last, gradient, stride);
-        amx::pack_pixels(left[0].depth, gradient, stride, elements, packed_pixels, pixels);
+        amx::pack_pixels(split[0].depth, gradient, stride, elements, packed_pixels, pixels);
       }
       prepared = band;
       for (int64_t row = from; row < to; row += kTileRows)
         for (int64_t p = 0; p < c.phases(); ++p) {
           const int64_t row_end = std::min(row + kTileRows, to);
-          left[p].multiply(packed_pixels, steps[p], row / kTile, row_end - row, count, room, room_stride);
+          split[p].multiply(packed_pixels, steps[p], row / kTile, row_end - row, count, room, room_stride);
           for (int64_t i = row; i < row_end; ++i)
             std::copy_n(room + (i - row) * room_stride, count,
                         result + i * result_stride + (p * c.phase_h() + first) * width);
@@ -174,8 +169,8 @@ class WeightGradient {
     columns_ = (last - first) * width_;
     there_ = c_.phases() * (columns_ + c_.reach_h() * width_);
     SPARSE_GEN_DISPATCH(tile_gradient, c_, grad_out, first, last, gradient_, gradient_stride_);
-    amx::pack_rows(gradient_ + c_.reach_w() + c_.reach_h() * width_, gradient_stride_, c_.out_channels, columns_, 0,
-                   left_, plane_, part_);
+    amx::pack_rows(gradient_ + c_.reach_w() + c_.reach_h() * width_, gradient_stride_, c_.out_channels, columns_, left_,
+                   plane_, part_);
     for (int64_t tap = 0; tap < c_.taps(); ++tap) {
       const int64_t ky = tap / c_.kernel_w, kx = tap % c_.kernel_w, step = c_.stride;
       tap_at_[tap] = (ky % step * step + kx % step) * there_ / c_.phases() + ky / step * width_ + kx / step;
@@ -255,52 +250,29 @@ void backward_weight(const TileConvolution& c, const float* grad_out, const floa
   });
 }
 
-#endif
-
-TileConvolution convolution_of(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t mode,
-                               bool pool) {
-  check_amx();
-  return {x.size(1), weight.size(1), x.size(2), x.size(3), weight.size(3), weight.size(4), pool ? 2 : stride, padding,
-          mode,      pool};
-}
-
 }  // namespace
 
 // x (E, in, H, W), weight (E, out, in, kh, kw), bias (E, out), all float32.
 Tensor masked_conv2d_split(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride,
                            int64_t padding, int64_t mode, bool pool) {
-  const TileConvolution c = convolution_of(x, weight, stride, padding, mode, pool);
+  check_amx();
+  const TileConvolution c = tile_convolution(x, weight, stride, padding, mode, pool);
   Tensor out = torch::stable::empty({x.size(0), c.out_channels, c.out_h(), c.out_w()}, x.scalar_type());
-#if defined(SPARSE_GEN_AMX)
-  for (int64_t e = 0; e < x.size(0); ++e)
-    forward(c, x.const_data_ptr<float>() + e * c.in_channels * c.height * c.width,
-            weight.const_data_ptr<float>() + e * c.out_channels * c.in_channels * c.taps(),
-            bias ? bias->const_data_ptr<float>() + e * c.out_channels : nullptr,
-            out.mutable_data_ptr<float>() + e * c.out_channels * c.out_h() * c.out_w());
-#endif
+  forward_each<float>(x, weight, bias, out, [&](auto... pointers) { forward(c, pointers...); });
   return out;
 }
 
 std::tuple<Tensor, Tensor> masked_conv2d_split_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                                         int64_t stride, int64_t padding, int64_t mode, bool pool,
                                                         bool needs_grad_x, bool needs_grad_weight) {
-  const TileConvolution c = convolution_of(x, weight, stride, padding, mode, pool);
-  const auto like = [&](const Tensor& tensor, bool needed) {
-    return needed ? torch::stable::empty_like(tensor) : torch::stable::empty({0}, x.scalar_type());
-  };
-  Tensor grad_x = like(x, needs_grad_x), grad_weight = like(weight, needs_grad_weight);
-#if defined(SPARSE_GEN_AMX)
-  for (int64_t e = 0; e < x.size(0); ++e) {
-    const int64_t image = e * c.in_channels * c.height * c.width;
-    const int64_t weights = e * c.out_channels * c.in_channels * c.taps();
-    const float* gradient = grad_out.const_data_ptr<float>() + e * c.out_channels * c.out_h() * c.out_w();
-    if (needs_grad_x)
-      backward_x(c, gradient, weight.const_data_ptr<float>() + weights, grad_x.mutable_data_ptr<float>() + image);
-    if (needs_grad_weight)
-      backward_weight(c, gradient, x.const_data_ptr<float>() + image, grad_weight.mutable_data_ptr<float>() + weights);
-  }
-#endif
-  return {grad_x, grad_weight};
+  check_amx();
+  const TileConvolution c = tile_convolution(x, weight, stride, padding, mode, pool);
+  return backward_each<float>(
+      grad_out, x, weight, needs_grad_x, needs_grad_weight,
+      [&](const float* gradient, const float* image, const float* weights, float* grad_x, float* grad_weight) {
+        if (grad_x) backward_x(c, gradient, weights, grad_x);
+        if (grad_weight) backward_weight(c, gradient, image, grad_weight);
+      });
 }
 
 }  // namespace sparse_gen

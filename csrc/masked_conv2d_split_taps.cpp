@@ -1,18 +1,13 @@
 #include <algorithm>
-#include <optional>
-#include <tuple>
 
-#include "binding.h"
-#include "cpu/masked_conv2d_taps.h"
 #include "cpu/sum_transposed.h"
+#include "masked_conv2d.h"
 #include "scratch.h"
 #include "split_weight.h"
 
 namespace sparse_gen {
 
 namespace {
-
-#if defined(SPARSE_GEN_AMX)
 
 using amx::kParts;
 using amx::kTileBytes;
@@ -35,25 +30,25 @@ int64_t rows_at_a_time(const TapConvolution& c, int64_t planes, int64_t elements
 
 // Output rows 2 * first to 2 * last - 1. What the next rows need of the rows before is kept, so that no tap plane is
 // computed twice.
-void forward_band(const TapConvolution& c, const SplitWeight& left, int64_t group, const float* x, const float* bias,
+void forward_band(const TapConvolution& c, const SplitWeight& split, int64_t group, const float* x, const float* bias,
                   float* out, int64_t first, int64_t last) {
   const int64_t halo = c.halo();
   const int64_t begin = std::max<int64_t>(first - halo, 0), end = std::min<int64_t>(last + halo, c.height);
   const int64_t step = rows_at_a_time(c, std::max<int64_t>(c.in_channels, kGroupPlanes), kForwardElements);
   const int64_t stride = split_plane(step * c.width), half_stride = 2 * row_stride(c.width), half_rows = step + 2 * halo;
-  char* source = scratch<char>(1, left.depth.pixel_bytes(stride));
+  char* source = scratch<char>(1, split.depth.pixel_bytes(stride));
   const int64_t blocks = tile_blocks(group * c.taps());
   float* planes = scratch<float>(2, blocks * kTile * stride);
   float* halves = scratch<float>(3, c.out_channels * c.kernel * half_rows * half_stride);
-  const std::vector<amx::Step> steps = split_steps(left.depth, stride, {0});
+  const std::vector<amx::Step> steps = split_steps(split.depth, stride, {0});
   int64_t done = first;
   for (int64_t row = begin; row < end; row += step) {
     const int64_t row_end = std::min(row + step, end), columns = (row_end - row) * c.width;
-    amx::pack_pixels(left.depth, x + row * c.width, c.height * c.width, columns, source, stride);
+    amx::pack_pixels(split.depth, x + row * c.width, c.height * c.width, columns, source, stride);
     const int64_t ready = std::max(done, row_end == c.height ? last : std::min<int64_t>(last, row_end - halo));
     for (int64_t o = 0; o < c.out_channels; o += group) {
       const int64_t o_end = std::min<int64_t>(o + group, c.out_channels);
-      left.multiply(source, steps, o / group * blocks, (o_end - o) * c.taps(), columns, planes, stride);
+      split.multiply(source, steps, o / group * blocks, (o_end - o) * c.taps(), columns, planes, stride);
       for (int64_t n = o; n < o_end; ++n) {
         const TapRows<float> rows{planes + (n - o) * c.taps() * stride, stride, row, row_end};
         const TapHalves<float> own{halves + n * c.kernel * half_rows * half_stride, half_stride, half_rows};
@@ -69,11 +64,11 @@ void forward(const TapConvolution& c, const float* x, const float* weight, const
   const int64_t group = std::clamp<int64_t>(kGroupPlanes / c.taps(), 1, c.out_channels);
   const int64_t blocks = (c.out_channels + group - 1) / group * tile_blocks(group * c.taps());
   char* packed = scratch<char>(0, blocks * SplitWeight::bytes_of_16_rows(c.in_channels, 1));
-  const SplitWeight left(weight, planes_at(c), every(c.taps(), c.in_channels), {0}, packed, group * c.taps());
+  const SplitWeight split(weight, planes_at(c), every(c.taps(), c.in_channels), {0}, packed, group * c.taps());
   const int64_t bands = std::min<int64_t>(c.height, c.height < 128 ? 2 : 4);
   torch::stable::parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
     for (int64_t band = begin; band < end; ++band)
-      forward_band(c, left, group, x, bias, out, band * c.height / bands, (band + 1) * c.height / bands);
+      forward_band(c, split, group, x, bias, out, band * c.height / bands, (band + 1) * c.height / bands);
   });
 }
 
@@ -86,16 +81,16 @@ void backward(const TapConvolution& c, const float* grad_out, const float* x, co
   // A fixed number of bands, so that the sum over them does not depend on the number of threads; fewer where each
   // one's gradient of the weight is large.
   const int64_t bands = std::min<int64_t>(std::clamp<int64_t>(524288 / part / 2 * 2, 2, 16), c.height);
-  const int64_t left_bytes = tile_blocks(c.in_channels) * SplitWeight::bytes_of_16_rows(count, 1);
-  char* packed = scratch<char>(0, left_bytes + bands * part * sizeof(float));
-  float* parts = (float*)(packed + left_bytes);
-  const SplitWeight left(weight, every(c.taps(), c.in_channels), planes_at(c), {0}, packed);
-  const std::vector<amx::Step> steps = split_steps(left.depth, stride, {0});
+  const int64_t weight_bytes = tile_blocks(c.in_channels) * SplitWeight::bytes_of_16_rows(count, 1);
+  char* packed = scratch<char>(0, weight_bytes + bands * part * sizeof(float));
+  float* parts = (float*)(packed + weight_bytes);
+  const SplitWeight split(weight, every(c.taps(), c.in_channels), planes_at(c), {0}, packed);
+  const std::vector<amx::Step> steps = split_steps(split.depth, stride, {0});
   torch::stable::parallel_for(0, bands, 1, [&](int64_t first_band, int64_t last_band) {
     float* planes = scratch<float>(1, count * stride);
     // The planes' parts twice: in pairs for the sums over them, in rows for the sums along them.
     const int64_t row_plane = (most + 63) / 32 * 32 + 32, row_part = blocks * kTile * row_plane;
-    char* paired = scratch<char>(2, std::max<int64_t>(left.depth.pixel_bytes(stride), kParts * row_part * 2));
+    char* paired = scratch<char>(2, std::max<int64_t>(split.depth.pixel_bytes(stride), kParts * row_part * 2));
     auto* rowed = (unsigned short*)paired;
     float* room = scratch<float>(3, std::max<int64_t>(tile_blocks(c.in_channels) * kTile * stride,
                                              2 * row_stride(c.width + 2 * kSpreadMargin)));
@@ -108,13 +103,13 @@ void backward(const TapConvolution& c, const float* grad_out, const float* x, co
         const int64_t columns = (rows.last - row) * c.width, tiles = (columns + 31) / 32;
         SPARSE_GEN_DISPATCH(tap_spread, c, grad_out, 0, c.out_channels, rows, room);
         if (grad_x) {
-          amx::pack_pixels(left.depth, planes, stride, columns, paired, stride);
-          left.multiply(paired, steps, 0, c.in_channels, columns, room, stride);
+          amx::pack_pixels(split.depth, planes, stride, columns, paired, stride);
+          split.multiply(paired, steps, 0, c.in_channels, columns, room, stride);
           for (int64_t i = 0; i < c.in_channels; ++i)
             std::copy_n(room + i * stride, columns, grad_x + i * pixels + row * c.width);
         }
         if (!grad_weight) continue;
-        amx::pack_rows(planes, stride, count, columns, kTileMargin, rowed, row_plane, row_part);
+        amx::pack_rows(planes, stride, count, columns, rowed, row_plane, row_part);
         amx::pack_transposed(x + row * c.width, pixels, c.in_channels, columns, columns, right);
         amx::plan_column_steps(columns, row_part * 2, amx::row_tiles(c.in_channels, columns) * kTileBytes,
                                column_steps.data());
@@ -134,49 +129,25 @@ void backward(const TapConvolution& c, const float* grad_out, const float* x, co
   });
 }
 
-#endif
-
-TapConvolution convolution_of(const Tensor& x, const Tensor& weight, int64_t padding, int64_t mode, bool bilinear) {
-  check_amx();
-  return {x.size(1), weight.size(1), x.size(2), x.size(3), weight.size(3), padding, mode, bilinear};
-}
-
 }  // namespace
 
 // x (E, in, h, w), weight (E, out, in, k, k), bias (E, out), all float32; returns (E, out, 2 h, 2 w).
 Tensor masked_conv2d_split_taps(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                 int64_t padding, int64_t mode, bool bilinear) {
-  const TapConvolution c = convolution_of(x, weight, padding, mode, bilinear);
+  check_amx();
+  const TapConvolution c = tap_convolution(x, weight, padding, mode, bilinear);
   Tensor out = torch::stable::empty({x.size(0), c.out_channels, 2 * x.size(2), 2 * x.size(3)}, x.scalar_type());
-#if defined(SPARSE_GEN_AMX)
-  for (int64_t e = 0; e < x.size(0); ++e)
-    forward(c, x.const_data_ptr<float>() + e * c.in_channels * c.height * c.width,
-            weight.const_data_ptr<float>() + e * c.out_channels * c.in_channels * c.taps(),
-            bias ? bias->const_data_ptr<float>() + e * c.out_channels : nullptr,
-            out.mutable_data_ptr<float>() + e * c.out_channels * 4 * c.height * c.width);
-#endif
+  forward_each<float>(x, weight, bias, out, [&](auto... pointers) { forward(c, pointers...); });
   return out;
 }
 
 std::tuple<Tensor, Tensor> masked_conv2d_split_taps_backward(const Tensor& grad_out, const Tensor& x,
                                                              const Tensor& weight, int64_t padding, int64_t mode,
                                                              bool bilinear, bool needs_grad_x, bool needs_grad_weight) {
-  const TapConvolution c = convolution_of(x, weight, padding, mode, bilinear);
-  const auto like = [&](const Tensor& tensor, bool needed) {
-    return needed ? torch::stable::empty_like(tensor) : torch::stable::empty({0}, x.scalar_type());
-  };
-  Tensor grad_x = like(x, needs_grad_x), grad_weight = like(weight, needs_grad_weight);
-#if defined(SPARSE_GEN_AMX)
-  for (int64_t e = 0; e < x.size(0); ++e) {
-    const int64_t image = e * c.in_channels * c.height * c.width;
-    const int64_t weights = e * c.out_channels * c.in_channels * c.taps();
-    backward(c, grad_out.const_data_ptr<float>() + e * c.out_channels * 4 * c.height * c.width,
-             x.const_data_ptr<float>() + image, weight.const_data_ptr<float>() + weights,
-             needs_grad_x ? grad_x.mutable_data_ptr<float>() + image : nullptr,
-             needs_grad_weight ? grad_weight.mutable_data_ptr<float>() + weights : nullptr);
-  }
-#endif
-  return {grad_x, grad_weight};
+  check_amx();
+  const TapConvolution c = tap_convolution(x, weight, padding, mode, bilinear);
+  return backward_each<float>(grad_out, x, weight, needs_grad_x, needs_grad_weight,
+                              [&](auto... pointers) { backward(c, pointers...); });
 }
 
 }  // namespace sparse_gen

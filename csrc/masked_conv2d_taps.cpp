@@ -1,12 +1,7 @@
-#include "cpu/masked_conv2d_taps.h"
-
 #include <algorithm>
-#include <cstring>
-#include <optional>
-#include <tuple>
 
-#include "binding.h"
 #include "cpu/sum_transposed.h"
+#include "masked_conv2d.h"
 #include "scratch.h"
 
 namespace sparse_gen {
@@ -19,10 +14,6 @@ constexpr int64_t kForwardElements = 9216, kBackwardElements = 196608;
 // From this many pixels on, bands of rows are worked off in parallel; below, the steps one after the other, each in
 // parallel.
 constexpr int64_t kBandPixels = 1024;
-
-TapConvolution convolution_of(const Tensor& x, const Tensor& weight, int64_t padding, int64_t mode, bool bilinear) {
-  return {x.size(1), weight.size(1), x.size(2), x.size(3), weight.size(3), padding, mode, bilinear};
-}
 
 int64_t rows_at_a_time(const TapConvolution& c, int64_t planes, int64_t elements) {
   return std::clamp<int64_t>(elements / (planes * c.width), 1, c.height);
@@ -147,7 +138,7 @@ void backward_at_once(const TapConvolution& c, const T* grad_out, const T* x, co
 // x (E, in, h, w), weight (E, out, in, k, k), bias (E, out); returns (E, out, 2 h, 2 w).
 Tensor masked_conv2d_taps(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
                           int64_t mode, bool bilinear) {
-  const TapConvolution c = convolution_of(x, weight, padding, mode, bilinear);
+  const TapConvolution c = tap_convolution(x, weight, padding, mode, bilinear);
   Tensor out = torch::stable::empty({x.size(0), c.out_channels, 2 * x.size(2), 2 * x.size(3)}, x.scalar_type());
   // Few groups of channels where there are bands of rows to deal out: each one reads all of x.
   const int64_t bands = std::clamp<int64_t>(c.height / 64, 1, 16);
@@ -158,10 +149,8 @@ Tensor masked_conv2d_taps(const Tensor& x, const Tensor& weight, const std::opti
     torch::stable::parallel_for(0, x.size(0) * bands * groups, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t e = task / (bands * groups), band = task / groups % bands, from = task % groups * group;
-        forward_band(c, x.const_data_ptr<T>() + e * c.in_channels * c.height * c.width,
-                     weight.const_data_ptr<T>() + e * c.out_channels * c.in_channels * c.taps(),
-                     bias ? bias->const_data_ptr<T>() + e * c.out_channels : nullptr,
-                     out.mutable_data_ptr<T>() + e * c.out_channels * 4 * c.height * c.width, from,
+        forward_band(c, experiment<T>(x, e), experiment<T>(weight, e), bias ? experiment<T>(*bias, e) : nullptr,
+                     mutable_experiment<T>(out, e), from,
                      std::min<int64_t>(from + group, c.out_channels), band * c.height / bands,
                      (band + 1) * c.height / bands);
       }
@@ -173,24 +162,15 @@ Tensor masked_conv2d_taps(const Tensor& x, const Tensor& weight, const std::opti
 std::tuple<Tensor, Tensor> masked_conv2d_taps_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                                        int64_t padding, int64_t mode, bool bilinear, bool needs_grad_x,
                                                        bool needs_grad_weight) {
-  const TapConvolution c = convolution_of(x, weight, padding, mode, bilinear);
-  const auto like = [&](const Tensor& tensor, bool needed) {
-    return needed ? torch::stable::empty_like(tensor) : torch::stable::empty({0}, x.scalar_type());
-  };
-  Tensor grad_x = like(x, needs_grad_x), grad_weight = like(weight, needs_grad_weight);
-  for_float_type(x, [&](auto type) {
+  const TapConvolution c = tap_convolution(x, weight, padding, mode, bilinear);
+  return for_float_type(x, [&](auto type) {
     using T = decltype(type);
-    for (int64_t e = 0; e < x.size(0); ++e) {
-      const int64_t image = e * c.in_channels * c.height * c.width;
-      const int64_t weights = e * c.out_channels * c.in_channels * c.taps();
-      const Gradients<T> grads{needs_grad_x ? grad_x.mutable_data_ptr<T>() + image : nullptr,
-                               needs_grad_weight ? grad_weight.mutable_data_ptr<T>() + weights : nullptr};
-      const auto backward = c.height * c.width < kBandPixels ? backward_at_once<T> : backward_in_bands<T>;
-      backward(c, grad_out.const_data_ptr<T>() + e * c.out_channels * 4 * c.height * c.width,
-               x.const_data_ptr<T>() + image, weight.const_data_ptr<T>() + weights, grads);
-    }
+    const auto backward = c.height * c.width < kBandPixels ? backward_at_once<T> : backward_in_bands<T>;
+    return backward_each<T>(grad_out, x, weight, needs_grad_x, needs_grad_weight,
+                            [&](const T* gradient, const T* image, const T* weights, T* grad_x, T* grad_weight) {
+                              backward(c, gradient, image, weights, {grad_x, grad_weight});
+                            });
   });
-  return {grad_x, grad_weight};
 }
 
 }  // namespace sparse_gen

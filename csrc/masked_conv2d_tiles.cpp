@@ -1,11 +1,7 @@
-#include "cpu/masked_conv2d_tiles.h"
-
 #include <algorithm>
-#include <optional>
-#include <tuple>
 
-#include "binding.h"
 #include "cpu/sum_transposed.h"
+#include "masked_conv2d.h"
 #include "scratch.h"
 
 namespace sparse_gen {
@@ -16,12 +12,6 @@ namespace {
 constexpr int64_t kBandElements = 163840, kPixelElements = 262144;
 // Output channels that are worked on at a time where there are few bands, a multiple of the product's tile.
 constexpr int64_t kChannelGroup = 24;
-
-TileConvolution convolution_of(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t mode,
-                               bool pool) {
-  return {x.size(1), weight.size(1), x.size(2), x.size(3), weight.size(3), weight.size(4), pool ? 2 : stride, padding,
-          mode,      pool};
-}
 
 // How rows of an image are dealt out: in bands that fit the cache, and in groups of channels if there are few bands.
 struct Deal {
@@ -134,15 +124,11 @@ void backward_weight(const TileConvolution& c, const T* grad_out, const T* x, T*
 // x (E, in, H, W), weight (E, out, in, kh, kw), bias (E, out).
 Tensor masked_conv2d_tiles(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride,
                            int64_t padding, int64_t mode, bool pool) {
-  const TileConvolution c = convolution_of(x, weight, stride, padding, mode, pool);
+  const TileConvolution c = tile_convolution(x, weight, stride, padding, mode, pool);
   Tensor out = torch::stable::empty({x.size(0), c.out_channels, c.out_h(), c.out_w()}, x.scalar_type());
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
-    for (int64_t e = 0; e < x.size(0); ++e)
-      forward(c, x.const_data_ptr<T>() + e * c.in_channels * c.height * c.width,
-              weight.const_data_ptr<T>() + e * c.out_channels * c.in_channels * c.taps(),
-              bias ? bias->const_data_ptr<T>() + e * c.out_channels : nullptr,
-              out.mutable_data_ptr<T>() + e * c.out_channels * c.out_h() * c.out_w());
+    forward_each<T>(x, weight, bias, out, [&](auto... pointers) { forward<T>(c, pointers...); });
   });
   return out;
 }
@@ -150,24 +136,15 @@ Tensor masked_conv2d_tiles(const Tensor& x, const Tensor& weight, const std::opt
 std::tuple<Tensor, Tensor> masked_conv2d_tiles_backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight,
                                                         int64_t stride, int64_t padding, int64_t mode, bool pool,
                                                         bool needs_grad_x, bool needs_grad_weight) {
-  const TileConvolution c = convolution_of(x, weight, stride, padding, mode, pool);
-  const auto like = [&](const Tensor& tensor, bool needed) {
-    return needed ? torch::stable::empty_like(tensor) : torch::stable::empty({0}, x.scalar_type());
-  };
-  Tensor grad_x = like(x, needs_grad_x), grad_weight = like(weight, needs_grad_weight);
-  for_float_type(x, [&](auto type) {
+  const TileConvolution c = tile_convolution(x, weight, stride, padding, mode, pool);
+  return for_float_type(x, [&](auto type) {
     using T = decltype(type);
-    for (int64_t e = 0; e < x.size(0); ++e) {
-      const int64_t image = e * c.in_channels * c.height * c.width;
-      const int64_t weights = e * c.out_channels * c.in_channels * c.taps();
-      const T* gradient = grad_out.const_data_ptr<T>() + e * c.out_channels * c.out_h() * c.out_w();
-      if (needs_grad_x)
-        backward_x(c, gradient, weight.const_data_ptr<T>() + weights, grad_x.mutable_data_ptr<T>() + image);
-      if (needs_grad_weight)
-        backward_weight(c, gradient, x.const_data_ptr<T>() + image, grad_weight.mutable_data_ptr<T>() + weights);
-    }
+    return backward_each<T>(grad_out, x, weight, needs_grad_x, needs_grad_weight,
+                            [&](const T* gradient, const T* image, const T* weights, T* grad_x, T* grad_weight) {
+                              if (grad_x) backward_x(c, gradient, weights, grad_x);
+                              if (grad_weight) backward_weight(c, gradient, image, grad_weight);
+                            });
   });
-  return {grad_x, grad_weight};
 }
 
 }  // namespace sparse_gen

@@ -1,4 +1,4 @@
-// What the convolutions on AMX tiles share: the weight as their left operand.
+// What the convolutions on AMX tiles share: the weight as an operand of theirs.
 #pragma once
 
 #include <algorithm>

@@ -161,12 +161,12 @@ void plan_steps(const Depth& depth, long long pixels, long long taps, const long
     }
 }
 
-void pack_rows(const float* from, long long stride, long long rows, long long columns, long long zeros,
-               unsigned short* to, long long plane, long long part) {
+void pack_rows(const float* from, long long stride, long long rows, long long columns, unsigned short* to,
+               long long plane, long long part) {
   for (long long row = 0; row < rows; ++row) {
     const float* own = from + row * stride;
     unsigned short* at = to + row * plane;
-    for (long long x = 0; x < columns + zeros; x += 32) {
+    for (long long x = 0; x < columns; x += 32) {
       const __m512 first = _mm512_maskz_loadu_ps(first_lanes(columns - x), own + x);
       const __m512 second = _mm512_maskz_loadu_ps(first_lanes(columns - x - 16), own + x + 16);
       const Parts parts = neighbours_of(first, second);
@@ -279,18 +279,18 @@ SPARSE_GEN_KERNEL(one_by_one, FIRST(0, 0, 0), A(6, 0), B(4, 0), P(0, 6, 4), LAST
 #undef AT
 #undef SPARSE_GEN_KERNEL
 
+auto kernel_of(bool two_rows, bool two_columns) {
+  return two_rows ? (two_columns ? two_by_two : two_by_one) : two_columns ? one_by_two : one_by_one;
+}
+
 }  // namespace
 
 void tile_product(const Operand& a, const Operand& b, const Step* steps, long long count, long long row_blocks,
                   long long column_blocks, const Sums& c, bool add) {
   for (long long row = 0; row < row_blocks; row += 2)
     for (long long column = 0; column < column_blocks; column += 2) {
-      const Operand left{(const char*)a.data + row * a.block, a.stride, a.block};
-      const Operand right{(const char*)b.data + column * b.block, b.stride, b.block};
       const Sums sums{c.data + row * c.row_block + column * c.column_block, c.stride, c.row_block, c.column_block};
-      const bool rows = row + 1 < row_blocks, columns = column + 1 < column_blocks;
-      const auto kernel = rows ? (columns ? two_by_two : two_by_one) : columns ? one_by_two : one_by_one;
-      kernel(left, right, steps, count, sums, add);
+      kernel_of(row + 1 < row_blocks, column + 1 < column_blocks)(a.from(row), b.from(column), steps, count, sums, add);
     }
 }
 
@@ -302,11 +302,8 @@ void multiply_pixels(const Operand& pixels, const Operand& weight, const Step* s
   const Sums sums{squares, 16, 512, 256};
   for (long long column = 0; column < column_blocks; column += 2)
     for (long long pixel = 0; pixel < pixel_blocks; pixel += 2) {
-      const Operand left{(const char*)pixels.data + pixel * pixels.block, pixels.stride, pixels.block};
-      const Operand right{(const char*)weight.data + column * weight.block, weight.stride, weight.block};
       const bool rows = pixel + 1 < pixel_blocks, columns = column + 1 < column_blocks;
-      const auto kernel = rows ? (columns ? two_by_two : two_by_one) : columns ? one_by_two : one_by_one;
-      kernel(left, right, steps, count, sums, false);
+      kernel_of(rows, columns)(pixels.from(pixel), weight.from(column), steps, count, sums, false);
       for (long long n = 0; n < 1 + rows; ++n)
         for (long long m = 0; m < 1 + columns; ++m)
           turn(squares + (2 * n + m) * 256, c + (column + m) * 16 * c_stride + (pixel + n) * 16, c_stride);

@@ -5,7 +5,7 @@
 // error is that of float32's own sums. One tile product is 16 × 16 × 32 multiplications: six of them take a half of
 // the time that AVX-512 takes for the same floats.
 //
-// Compiled for AMX alone and called where amx_usable() says so.
+// Compiled for AMX alone; whoever calls it asks check_amx() first.
 #pragma once
 
 namespace sparse_gen::amx {
@@ -24,6 +24,8 @@ struct Step {
 struct Operand {
   const void* data;
   long long stride, block;  // bytes to a tile's next row, and to the tiles of the next 16 rows or columns of the sum
+
+  Operand from(long long blocks) const { return {(const char*)data + blocks * block, stride, block}; }
 };
 
 // Depth that lies in `channels`: two by two, sixteen pairs to a block.
@@ -60,8 +62,8 @@ void plan_steps(const Depth&, long long pixels, long long taps, const long long*
 void multiply_pixels(const Operand& pixels, const Operand& weight, const Step* steps, long long count, long long tile_pairs, long long pixel_blocks, long long column_blocks, float* c, long long c_stride);
 
 // For sums over columns: `rows` rows of `columns` elements as the parts of a left operand, a row of bfloat16 every
-// `plane`, a part every `part` elements, with `zeros` or up to 31 more of them behind each row.
-void pack_rows(const float* from, long long stride, long long rows, long long columns, long long zeros, unsigned short* to, long long plane, long long part);
+// `plane`, a part every `part` elements, with zeros behind each row up to a multiple of 32.
+void pack_rows(const float* from, long long stride, long long rows, long long columns, unsigned short* to, long long plane, long long part);
 
 // And as a right operand, a row for every two columns: for each part and 16 rows, 32 columns a tile. Rows that are
 // missing are zeros, as are columns behind `there`. A part takes row_tiles(rows, columns) * kTileBytes.

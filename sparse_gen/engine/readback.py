@@ -35,6 +35,32 @@ class Readback:
         _hand_over(before)
 
 
+def reporter(
+    step: int, steps: int, lr: float, progress: Callable[[int, int, dict[str, float]], None] | None, kept: str = ""
+) -> Callable[[Values], None]:
+    """What is done with the row of a step once the host has it; the first step that was not finite goes by "".
+
+    Args:
+        step, steps: the row's, from 0 on, and how many there are.
+        lr: what the error advises to lower.
+        progress: called with the steps done, `steps`, and the means of the values.
+        kept: what the error says at its end.
+
+    Raises (when called):
+        FloatingPointError: a loss was not finite.
+    """
+
+    def report(values: Values) -> None:
+        if values[""] >= 0:
+            raise FloatingPointError(
+                f"expected a finite loss, got none at step {int(values[''])}, lower lr ({lr}){kept}"
+            )
+        if progress is not None:
+            progress(step + 1, steps, {name: value.mean().item() for name, value in values.items() if name})
+
+    return report
+
+
 def _on_their_way(values: Values) -> tuple[Values, torch.cuda.Event | None]:
     cuda = any(value.is_cuda for value in values.values())
     there = {

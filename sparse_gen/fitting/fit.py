@@ -21,7 +21,7 @@ from sparse_gen.engine.checks import (
     check_positive,
 )
 from sparse_gen.engine.compile import CompiledGenerator
-from sparse_gen.engine.readback import Readback, Values
+from sparse_gen.engine.readback import Readback, Values, reporter
 from sparse_gen.fitting.metrics import psnr
 from sparse_gen.fitting.optimiser import Optimiser
 from sparse_gen.fitting.step import FitStep
@@ -157,6 +157,7 @@ def fit(
         tv_weight=tv_weight, pixel_weight=pixel_weight, mean_output=mean_output, keep_last=late and obeyed,
     )  # fmt: skip
     run_step, rows, ends = StepRunner(body, capture), Readback(late), Readback(late)
+    kept = "" if checkpoints is None else f", the state before it is in {checkpoints.folder}"
 
     def state() -> dict[str, torch.Tensor]:
         stored = optimiser.state()
@@ -183,7 +184,7 @@ def fit(
             row = _row(body, clean, rings)
             history.record(step, **row)
             shown = {name: value for name, value in row.items() if value.ndim == 1}
-            rows.push({"": body.first_bad, **shown}, _reporter(step, steps, lr, checkpoints, progress))
+            rows.push({"": body.first_bad, **shown}, reporter(step, steps, lr, progress, kept))
         if stop is not None and rule is None:
             over = stop.update(step, body.output if capture is None else body.output.clone())
         elif obeyed and (not late or step % _ASK_EVERY == 0):
@@ -237,20 +238,6 @@ def _check(
             f"expected one experiment for a plain module, whose normalisation would mix them, got {experiments}, "
             "use sg.compile(module, example_input=z)"
         )
-
-
-def _reporter(step: int, steps: int, lr: float, checkpoints: Checkpoints | None, progress: Progress | None):
-    """What is done with the row of a step once the host has it; the first step that was not finite goes by ""."""
-
-    def report(values: Values) -> None:
-        bad = values[""]
-        if bad >= 0:
-            kept = "" if checkpoints is None else f", the state before it is in {checkpoints.folder}"
-            raise FloatingPointError(f"expected a finite loss, got none at step {int(bad)}, lower lr ({lr}){kept}")
-        if progress is not None:
-            progress(step + 1, steps, {name: value.mean().item() for name, value in values.items() if name})
-
-    return report
 
 
 def _row(body: FitStep, clean: torch.Tensor | None, rings: int | None) -> dict[str, torch.Tensor]:

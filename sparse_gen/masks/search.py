@@ -18,7 +18,7 @@ from sparse_gen.engine.compile import compile
 from sparse_gen.engine.functional import training_copy
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.plan import Plan
-from sparse_gen.engine.readback import Readback, Values
+from sparse_gen.engine.readback import Readback, reporter
 from sparse_gen.engine.stack import Stack, initial_weights, template
 from sparse_gen.history import History
 from sparse_gen.masks.connectivity import DisconnectedMaskWarning, probe_connectivity
@@ -279,7 +279,7 @@ def search_mask(
             row["exchanged"] = stop.exchanged.to(body.loss)
         if recorded or over:
             history.record(step, **row)
-            rows.push({"": body.first_bad, **row}, _reporter(step, steps, lr, progress))
+            rows.push({"": body.first_bad, **row}, reporter(step, steps, lr, progress))
         last = over or last
         # A look at the device would stall it, so it comes last.
         if checkpoints is not None and (capture is None or checkpoints.due(last=last)) and body.first_bad < 0:
@@ -310,18 +310,6 @@ def search_mask(
         mask, logit_views, history, connectivity.connected, connectivity.disconnected_at, settings, settled_at,
         plan=sampled.plan, groups=logits.groups,
     )  # fmt: skip
-
-
-def _reporter(step: int, steps: int, lr: float, progress: Progress | None):
-    """What is done with the row of a step once the host has it; the first step that was not finite goes by ""."""
-
-    def report(values: Values) -> None:
-        if values[""] >= 0:
-            raise FloatingPointError(f"expected a finite loss, got none at step {int(values[''])}, lower lr ({lr})")
-        if progress is not None:
-            progress(step + 1, steps, {name: value.mean().item() for name, value in values.items() if name})
-
-    return report
 
 
 def masked_output(net: nn.Module, z: torch.Tensor, masks: Mask | Sequence[Mask]) -> torch.Tensor:

@@ -86,37 +86,27 @@ def _taps_reference(x, weight, bias, padding, mode, bilinear):
     return masked_conv2d_reference(x, weight, bias, 1, padding, mode, 2 if bilinear else 1, False, 0)
 
 
-# The tap fold as compiled; without the library, the reference.
-register_sparse_convolution(
-    "int padding, int mode, bool bilinear",
-    reference=_taps_reference,
-    fake=lambda x, weight, *_: x.new_empty(len(x), weight.shape[1], 2 * x.shape[2], 2 * x.shape[3]),
-    name="masked_conv2d_taps",
-)
-
-
 def _tiles_reference(x, weight, bias, stride, padding, mode, pool):
     return masked_conv2d_reference(x, weight, bias, stride, padding, mode, 0, pool, 0)
 
 
-register_sparse_convolution(
-    "int stride, int padding, int mode, bool pool",
-    reference=_tiles_reference,
-    fake=lambda x, weight, bias, stride, padding, mode, pool: _fake(x, weight, bias, stride, padding, mode, 0, pool, 0),
-    name="masked_conv2d_tiles",
-)
-register_sparse_convolution(
-    "int stride, int padding, int mode, bool pool",
-    reference=_tiles_reference,
-    fake=lambda x, weight, bias, stride, padding, mode, pool: _fake(x, weight, bias, stride, padding, mode, 0, pool, 0),
-    name="masked_conv2d_split",
-)
-register_sparse_convolution(
-    "int padding, int mode, bool bilinear",
-    reference=_taps_reference,
-    fake=lambda x, weight, *_: x.new_empty(len(x), weight.shape[1], 2 * x.shape[2], 2 * x.shape[3]),
-    name="masked_conv2d_split_taps",
-)
+# Layouts as compiled, and on AMX tiles; without the library, the reference.
+for _name in ("taps", "split_taps"):
+    register_sparse_convolution(
+        "int padding, int mode, bool bilinear",
+        reference=_taps_reference,
+        fake=lambda x, weight, *_: x.new_empty(len(x), weight.shape[1], 2 * x.shape[2], 2 * x.shape[3]),
+        name=f"masked_conv2d_{_name}",
+    )
+for _name in ("tiles", "split"):
+    register_sparse_convolution(
+        "int stride, int padding, int mode, bool pool",
+        reference=_tiles_reference,
+        fake=lambda x, weight, bias, stride, padding, mode, pool: _fake(
+            x, weight, bias, stride, padding, mode, 0, pool, 0
+        ),
+        name=f"masked_conv2d_{_name}",
+    )
 LIBRARY.impl("masked_conv2d", masked_conv2d_forward, "CPU")
 LIBRARY.impl("masked_conv2d_backward", masked_conv2d_backward, "CPU")
 

@@ -267,60 +267,41 @@ def _replicated(x, mode):
     return pad(x, 1, 0 if mode == 0 else 2)
 
 
-def _taps_forward(x, weight, bias, _stride, padding, mode, upsample, _pool):
-    return torch.ops.sparse_gen.masked_conv2d_taps(x, weight, bias, padding, mode, upsample == 2)
+# A compiled operator, and what takes its place for numbers other than float32. Those on AMX tiles, which multiply
+# bfloat16, cut a float32 into three of them, and the error is that of float32 sums; what is not finite gives NaN, and
+# products below 1e-30 may be lost.
+def _operator(name: str, otherwise: str, x: torch.Tensor):
+    return getattr(torch.ops.sparse_gen, name if x.dtype == torch.float32 else otherwise)
 
 
-def _taps_backward(grad_out, x, weight, _stride, padding, mode, upsample, _pool, needs_x, needs_weight):
-    return torch.ops.sparse_gen.masked_conv2d_taps_backward(
-        grad_out, x, weight, padding, mode, upsample == 2, needs_x, needs_weight
-    )
+def _taps_layout(name: str) -> SimpleNamespace:
+    def forward(x, weight, bias, _stride, padding, mode, upsample, _pool):
+        return _operator(name, "masked_conv2d_taps", x)(x, weight, bias, padding, mode, upsample == 2)
+
+    def backward(grad_out, x, weight, _stride, padding, mode, upsample, _pool, needs_x, needs_weight):
+        operator = _operator(f"{name}_backward", "masked_conv2d_taps_backward", x)
+        return operator(grad_out, x, weight, padding, mode, upsample == 2, needs_x, needs_weight)
+
+    return SimpleNamespace(forward=forward, backward=backward)
 
 
-def _tiles_forward(x, weight, bias, stride, padding, mode, _upsample, pool):
-    return torch.ops.sparse_gen.masked_conv2d_tiles(x, weight, bias, stride, padding, mode, pool)
+def _tiles_layout(name: str) -> SimpleNamespace:
+    def forward(x, weight, bias, stride, padding, mode, _upsample, pool):
+        return _operator(name, "masked_conv2d_tiles", x)(x, weight, bias, stride, padding, mode, pool)
 
+    def backward(grad_out, x, weight, stride, padding, mode, _upsample, pool, needs_x, needs_weight):
+        operator = _operator(f"{name}_backward", "masked_conv2d_tiles_backward", x)
+        return operator(grad_out, x, weight, stride, padding, mode, pool, needs_x, needs_weight)
 
-def _tiles_backward(grad_out, x, weight, stride, padding, mode, _upsample, pool, needs_x, needs_weight):
-    return torch.ops.sparse_gen.masked_conv2d_tiles_backward(
-        grad_out, x, weight, stride, padding, mode, pool, needs_x, needs_weight
-    )
-
-
-# On AMX tiles, which multiply bfloat16: a float32 is cut into three of them, and the error is that of float32 sums.
-# What is not finite gives NaN, and products below 1e-30 may be lost. Numbers of other types run as without tiles.
-def _split_forward(x, weight, bias, stride, padding, mode, upsample, pool):
-    if x.dtype != torch.float32:
-        return _tiles_forward(x, weight, bias, stride, padding, mode, upsample, pool)
-    return torch.ops.sparse_gen.masked_conv2d_split(x, weight, bias, stride, padding, mode, pool)
-
-
-def _split_backward(grad_out, x, weight, stride, padding, mode, upsample, pool, needs_x, needs_weight):
-    arguments = (grad_out, x, weight, stride, padding, mode, pool, needs_x, needs_weight)
-    if x.dtype != torch.float32:
-        return torch.ops.sparse_gen.masked_conv2d_tiles_backward(*arguments)
-    return torch.ops.sparse_gen.masked_conv2d_split_backward(*arguments)
-
-
-def _split_taps_forward(x, weight, bias, stride, padding, mode, upsample, pool):
-    if x.dtype != torch.float32:
-        return _taps_forward(x, weight, bias, stride, padding, mode, upsample, pool)
-    return torch.ops.sparse_gen.masked_conv2d_split_taps(x, weight, bias, padding, mode, upsample == 2)
-
-
-def _split_taps_backward(grad_out, x, weight, stride, padding, mode, upsample, pool, needs_x, needs_weight):
-    arguments = (grad_out, x, weight, padding, mode, upsample == 2, needs_x, needs_weight)
-    if x.dtype != torch.float32:
-        return torch.ops.sparse_gen.masked_conv2d_taps_backward(*arguments)
-    return torch.ops.sparse_gen.masked_conv2d_split_taps_backward(*arguments)
+    return SimpleNamespace(forward=forward, backward=backward)
 
 
 _RUN = {
     "direct": _convolution_layout(_direct, _direct_backward),
     "gemm": _convolution_layout(_gemm, _gemm_backward),
     "phase": SimpleNamespace(forward=_phase_forward, backward=_phase_backward),
-    "tiles": SimpleNamespace(forward=_tiles_forward, backward=_tiles_backward),
-    "split": SimpleNamespace(forward=_split_forward, backward=_split_backward),
-    "split taps": SimpleNamespace(forward=_split_taps_forward, backward=_split_taps_backward),
-    "taps": SimpleNamespace(forward=_taps_forward, backward=_taps_backward),
+    "tiles": _tiles_layout("masked_conv2d_tiles"),
+    "split": _tiles_layout("masked_conv2d_split"),
+    "taps": _taps_layout("masked_conv2d_taps"),
+    "split taps": _taps_layout("masked_conv2d_split_taps"),
 }
