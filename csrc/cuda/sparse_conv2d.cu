@@ -82,34 +82,24 @@ const char* backward_values(const ConvShape& s, const ConvPattern& p, const T* g
 
 }  // namespace
 
-const char* sparse_conv2d_forward(const ConvShape& s, const ConvPattern& p, const Image<float>& x, const float* values,
-                                  const float* bias, float* out, void* stream) {
-  return x.load ? forward<Load<float>>(s, p, x, values, bias, out, stream)
-                : forward<NoLoad<float>>(s, p, x, values, bias, out, stream);
-}
-const char* sparse_conv2d_backward_x(const ConvShape& s, const ConvPattern& p, const float* grad_out,
-                                     const float* values, float* grad_x, void* stream) {
-  return backward_x(s, p, grad_out, values, grad_x, stream);
-}
-const char* sparse_conv2d_backward_values(const ConvShape& s, const ConvPattern& p, const float* grad_out,
-                                          const Image<float>& x, float* partial, float* grad_values, void* stream) {
-  return x.load ? backward_values<Load<float>>(s, p, grad_out, x, partial, grad_values, stream)
-                : backward_values<NoLoad<float>>(s, p, grad_out, x, partial, grad_values, stream);
-}
-const char* sparse_conv2d_forward(const ConvShape& s, const ConvPattern& p, const Image<double>& x, const double* values,
-                                  const double* bias, double* out, void* stream) {
-  return x.load ? forward<Load<double>>(s, p, x, values, bias, out, stream)
-                : forward<NoLoad<double>>(s, p, x, values, bias, out, stream);
-}
-const char* sparse_conv2d_backward_x(const ConvShape& s, const ConvPattern& p, const double* grad_out,
-                                     const double* values, double* grad_x, void* stream) {
-  return backward_x(s, p, grad_out, values, grad_x, stream);
-}
-const char* sparse_conv2d_backward_values(const ConvShape& s, const ConvPattern& p, const double* grad_out,
-                                          const Image<double>& x, double* partial, double* grad_values, void* stream) {
-  return x.load ? backward_values<Load<double>>(s, p, grad_out, x, partial, grad_values, stream)
-                : backward_values<NoLoad<double>>(s, p, grad_out, x, partial, grad_values, stream);
-}
+#define SPARSE_GEN_DEFINE(T)                                                                                          \
+  const char* sparse_conv2d_forward(const ConvShape& s, const ConvPattern& p, const Image<T>& x, const T* values,     \
+                                    const T* bias, T* out, void* stream) {                                            \
+    return x.load ? forward<Load<T>>(s, p, x, values, bias, out, stream)                                              \
+                  : forward<NoLoad<T>>(s, p, x, values, bias, out, stream);                                           \
+  }                                                                                                                   \
+  const char* sparse_conv2d_backward_x(const ConvShape& s, const ConvPattern& p, const T* grad_out, const T* values,  \
+                                       T* grad_x, void* stream) {                                                     \
+    return backward_x(s, p, grad_out, values, grad_x, stream);                                                        \
+  }                                                                                                                   \
+  const char* sparse_conv2d_backward_values(const ConvShape& s, const ConvPattern& p, const T* grad_out,              \
+                                            const Image<T>& x, T* partial, T* grad_values, void* stream) {            \
+    return x.load ? backward_values<Load<T>>(s, p, grad_out, x, partial, grad_values, stream)                         \
+                  : backward_values<NoLoad<T>>(s, p, grad_out, x, partial, grad_values, stream);                      \
+  }
+SPARSE_GEN_DEFINE(float)
+SPARSE_GEN_DEFINE(double)
+#undef SPARSE_GEN_DEFINE
 
 long long sparse_conv2d_partial_size(const ConvShape& s) {
   const int a_warp = kWarp * (many_pixels(s.out_plane()) ? kManyGradientPixels : kFewGradientPixels);
