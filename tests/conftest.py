@@ -1,6 +1,7 @@
 """Without a GPU, Triton kernels run in Triton's interpreter: it must be asked for before they are imported."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -44,3 +45,12 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def eight_processors(monkeypatch):
+    """On fewer than a sweep's workers, there would be a warning."""
+    from sparse_gen.experiments.sweep import sweep
+
+    # In `sparse_gen.experiments` the function hides the module of its name.
+    monkeypatch.setattr(sys.modules[sweep.__module__], "available_processors", lambda: 8)

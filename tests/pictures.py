@@ -11,6 +11,12 @@ from PIL import Image
 COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG's, by channels
 
 
+def stripes() -> np.ndarray:
+    """A small picture of which every flip differs: (24, 28, 3) of 8 bits."""
+    rows, columns = np.mgrid[0:24, 0:28]
+    return np.stack([8 * columns, 9 * rows, 255 * (columns > 14)], axis=-1).astype(np.uint8)
+
+
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)

@@ -8,9 +8,9 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
 import pytest
 import torch
+from pictures import stripes
 from PIL import Image
 
 import sparse_gen as sg
@@ -27,8 +27,7 @@ TIMES = ("seconds_search", "seconds_fit")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    rows, columns = np.mgrid[0:24, 0:28]
-    image = np.stack([8 * columns, 9 * rows, 255 * (columns > 14)], axis=-1).astype(np.uint8)
+    image = stripes()
     Image.fromarray(image).save(folder / "photo.png")
     Image.fromarray(image[::-1]).save(folder / "other.png")
     (folder / "quick.yaml").write_text("\n".join(f"{name}: {value}" for name, value in SETTINGS.items()))

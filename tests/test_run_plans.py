@@ -2,9 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
+from pictures import stripes
 from PIL import Image
 
 from sparse_gen.checkpoint import Checkpoints, RunInterrupted
@@ -36,9 +36,7 @@ def clock(tmp_path, monkeypatch):
 
 @pytest.fixture
 def settings(tmp_path):
-    rows, columns = np.mgrid[0:24, 0:28]
-    pixels = np.stack([8 * columns, 9 * rows, 255 * (columns > 14)], axis=-1).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    Image.fromarray(stripes()).save(tmp_path / "photo.png")
     return DenoiseConfig(image=str(tmp_path / "photo.png"), sigma=0.1, **SETTINGS)
 
 

@@ -15,6 +15,7 @@ from threading import Event
 
 import numpy as np
 import pytest
+from pictures import stripes
 from PIL import Image
 
 import sparse_gen as sg
@@ -28,6 +29,8 @@ from sparse_gen.experiments.sweep import settle, sweep
 from sparse_gen.experiments.sweep_folder import SweepFolder
 from sparse_gen.experiments.table import group, markdown, table_rows
 from sparse_gen.masks.random import random_mask
+
+pytestmark = pytest.mark.usefixtures("eight_processors")
 
 PLAN = """
 images: [a.png, b.png]
@@ -46,17 +49,10 @@ methods:
 """
 
 
-@pytest.fixture(autouse=True)
-def eight_processors(monkeypatch):
-    """On fewer than the tests' workers, there would be a warning."""
-    monkeypatch.setattr(sys.modules[sweep.__module__], "available_processors", lambda: 8)
-
-
 @pytest.fixture(scope="module")
 def plan_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
-    rows, columns = np.mgrid[0:24, 0:28]
-    image = np.stack([8 * columns, 9 * rows, 255 * (columns > 14)], axis=-1).astype(np.uint8)
+    image = stripes()
     Image.fromarray(image).save(folder / "a.png")
     Image.fromarray(image[::-1, :, ::-1]).save(folder / "b.png")
     (folder / "plan.yaml").write_text(PLAN)

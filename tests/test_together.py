@@ -5,12 +5,15 @@ from threading import Event
 
 import numpy as np
 import pytest
+from pictures import stripes
 from PIL import Image
 
 from sparse_gen.experiments.plan import Plan
 from sparse_gen.experiments.shards import read_rows
 from sparse_gen.experiments.sweep import sweep
 from sparse_gen.experiments.together import grouped
+
+pytestmark = pytest.mark.usefixtures("eight_processors")
 
 METHODS = {
     "OES": {"method": "oes", "search_steps": 6, "lr": 1e-2},
@@ -19,17 +22,10 @@ METHODS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def eight_processors(monkeypatch):
-    """On fewer than the tests' workers, there would be a warning."""
-    monkeypatch.setattr(sys.modules[sweep.__module__], "available_processors", lambda: 8)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    rows, columns = np.mgrid[0:24, 0:28]
-    image = np.stack([8 * columns, 9 * rows, 255 * (columns > 14)], axis=-1).astype(np.uint8)
+    image = stripes()
     names = []
     for name, pixels in {"a": image, "b": image[::-1, :, ::-1]}.items():
         names.append(str(folder / f"{name}.png"))
