@@ -1,9 +1,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "masked_conv2d.h"
+#include "masked_conv2d_split.h"
 #include "scratch.h"
-#include "split_weight.h"
 
 namespace sparse_gen {
 
@@ -77,7 +76,9 @@ void forward(const TileConvolution& c, const float* x, const float* weight, cons
   });
 }
 
-void backward_x(const TileConvolution& c, const float* grad_out, const float* weight, float* grad_x) {
+}  // namespace
+
+void split_backward_x(const TileConvolution& c, const float* grad_out, const float* weight, float* grad_x) {
   const Deal deal(c.phase_h(), c.out_channels * c.phase_w(), c.reach_h(), c.in_channels);
   const int64_t width = c.phase_w(), step = c.stride;
   const int64_t elements = (deal.rows + c.reach_h()) * width + c.reach_w();
@@ -134,6 +135,8 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
       SPARSE_GEN_DISPATCH(tile_fold, c, result + i * result_stride, grad_x + i * c.height * c.width, rows);
   });
 }
+
+namespace {
 
 // Some output rows of the gradient, all its channels, as a left operand; and some input channels of what they saw as a
 // right one, against which it gives their part of the weight's gradient.
@@ -270,7 +273,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_split_backward(const Tensor& grad_out, 
   return backward_each<float>(
       grad_out, x, weight, needs_grad_x, needs_grad_weight,
       [&](const float* gradient, const float* image, const float* weights, float* grad_x, float* grad_weight) {
-        if (grad_x) backward_x(c, gradient, weights, grad_x);
+        if (grad_x) split_backward_x(c, gradient, weights, grad_x);
         if (grad_weight) backward_weight(c, gradient, image, grad_weight);
       });
 }

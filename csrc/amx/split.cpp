@@ -205,11 +205,11 @@ void plan_column_steps(long long columns, long long a_part, long long b_part, St
       *steps++ = {left * a_part + block * 64, right * b_part + block * kTileBytes, load_a, load_b};
     };
     step(2, 0, true, true);
+    step(1, 0, true, false);
     step(0, 0, true, false);
     step(0, 2, false, true);
     step(0, 1, false, true);
     step(1, 1, true, false);
-    step(1, 0, false, true);
   }
 }
 
