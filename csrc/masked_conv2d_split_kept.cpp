@@ -119,12 +119,13 @@ void grad_weight_of(const Kept& kept, const float* grad_out, const char* parts, 
     }
     amx::plan_column_steps(columns + 1, left_part * sizeof(unsigned short), kept.part, steps.data());
     const amx::Tiles configured(kTile);
+    const int64_t out_blocks = tile_blocks(c.out_channels), in_blocks = tile_blocks(c.in_channels);
+    const int64_t count = (columns + 32) / 32 * 6, block = kept.across * kTileBytes;
     for (int64_t tap = 0; tap < c.taps(); ++tap) {
       const int64_t at = first * kept.width + tap_at[tap];
-      amx::tile_product({left[at % 2], plane * 2, kTile * plane * 2},
-                        {parts + kept.pixel_bytes() + at / 2 * 64, 64, kept.across * kTileBytes}, steps.data(),
-                        (columns + 32) / 32 * 6, tile_blocks(c.out_channels), tile_blocks(c.in_channels),
-                        {squares + shape.at(0, tap), kTile, shape.at(1, 0), 256}, first != begin);
+      amx::tile_product({left[at % 2], plane * 2, kTile * plane * 2}, {parts + kept.pixel_bytes() + at / 2 * 64, 64, block}, steps.data(), count,
+                        out_blocks, in_blocks, {squares + shape.at(0, tap), kTile, shape.at(1, 0), 256},
+                        first != begin);
     }
   }
 }
