@@ -1,9 +1,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "masked_conv2d.h"
+#include "masked_conv2d_split.h"
 #include "scratch.h"
-#include "split_weight.h"
 
 namespace sparse_gen {
 
@@ -77,11 +76,13 @@ void forward(const TileConvolution& c, const float* x, const float* weight, cons
   });
 }
 
-void backward_x(const TileConvolution& c, const float* grad_out, const float* weight, float* grad_x) {
+}  // namespace
+
+void split_backward_x(const TileConvolution& c, const float* grad_out, const float* weight, float* grad_x) {
   const Deal deal(c.phase_h(), c.out_channels * c.phase_w(), c.reach_h(), c.in_channels);
   const int64_t width = c.phase_w(), step = c.stride;
   const int64_t elements = (deal.rows + c.reach_h()) * width + c.reach_w();
-  const int64_t stride = tile_plane(elements), pixels = split_plane(elements), room_stride = split_plane(deal.rows * width);
+  const int64_t stride = tile_plane(elements), pixels = split_plane(elements);
   const int64_t result_stride = tile_plane(c.phases() * c.phase_h() * width);
   // Each phase of the source has taps of its own.
   std::vector<SplitWeight> split;
@@ -102,11 +103,10 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
     packed += weight_at.size() * bytes;
     steps.push_back(split_steps(split[p].depth, pixels, tap_at));
   }
-  float* result = scratch<float>(4, c.in_channels * result_stride);
+  float* result = scratch<float>(4, tile_blocks(c.in_channels) * kTile * result_stride);
   torch::stable::parallel_for(0, deal.bands * deal.groups, 1, [&](int64_t begin, int64_t end) {
     float* gradient = scratch<float>(1, c.out_channels * stride);
     char* packed_pixels = scratch<char>(2, split[0].depth.pixel_bytes(pixels));
-    float* room = scratch<float>(3, kTileRows * room_stride);
     int64_t prepared = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t band = task / deal.groups, first = band * deal.rows;
@@ -121,10 +121,8 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
       for (int64_t row = from; row < to; row += kTileRows)
         for (int64_t p = 0; p < c.phases(); ++p) {
           const int64_t row_end = std::min(row + kTileRows, to);
-          split[p].multiply(packed_pixels, steps[p], row / kTile, row_end - row, count, room, room_stride);
-          for (int64_t i = row; i < row_end; ++i)
-            std::copy_n(room + (i - row) * room_stride, count,
-                        result + i * result_stride + (p * c.phase_h() + first) * width);
+          split[p].multiply(packed_pixels, steps[p], row / kTile, row_end - row, count,
+                            result + row * result_stride + (p * c.phase_h() + first) * width, result_stride);
         }
     }
   });
@@ -134,6 +132,8 @@ void backward_x(const TileConvolution& c, const float* grad_out, const float* we
       SPARSE_GEN_DISPATCH(tile_fold, c, result + i * result_stride, grad_x + i * c.height * c.width, rows);
   });
 }
+
+namespace {
 
 // Some output rows of the gradient, all its channels, as a left operand; and some input channels of what they saw as a
 // right one, against which it gives their part of the weight's gradient.
@@ -189,9 +189,18 @@ class WeightGradient {
     const int64_t right_part = amx::row_tiles(to - from, there_ + zeros_) * kTileBytes;
     amx::plan_column_steps(columns_, part_ * sizeof *left_, right_part, steps_.data());
     const amx::Tiles configured(kTile);
-    for (int64_t out = 0; out < tile_blocks(c_.out_channels); out += 2)
+    for (int64_t out = 0; out < tile_blocks(c_.out_channels); out += 2) {
+      int64_t tap = 0;
+      // Few output channels as well: four taps, or two of two blocks.
+      const bool few = out + 1 == tile_blocks(c_.out_channels) && shape_.in_blocks() == blocks;
+      for (; few && tap + 4 / blocks <= c_.taps(); tap += 4 / blocks) {
+        const char* four[4];
+        for (int64_t n = 0; n < 4; ++n) four[n] = right_at(tap + n / blocks) + n % blocks * (right_part / blocks);
+        amx::tile_product_of_four({left_ + out * kTile * plane_, plane_ * 2, 0}, four, steps_.data(),
+                                  6 * ((columns_ + 31) / 32), squares + shape_.at(out, tap), add);
+      }
       // Sixteen input channels by themselves: two taps at a time.
-      for (int64_t tap = 0; tap < c_.taps(); tap += blocks > 1 ? 1 : 2) {
+      for (; tap < c_.taps(); tap += blocks > 1 ? 1 : 2) {
         const bool pair = blocks == 1 && tap + 1 < c_.taps();
         const int64_t to_next = blocks > 1 ? right_part / blocks : pair ? right_at(tap + 1) - right_at(tap) : 0;
         amx::tile_product({left_ + out * kTile * plane_, plane_ * 2, kTile * plane_ * 2}, {right_at(tap), 64, to_next},
@@ -201,6 +210,7 @@ class WeightGradient {
                            blocks > 1 ? 256 : shape_.at(0, 1)},
                           add);
       }
+    }
   }
 
  private:
@@ -270,7 +280,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_split_backward(const Tensor& grad_out, 
   return backward_each<float>(
       grad_out, x, weight, needs_grad_x, needs_grad_weight,
       [&](const float* gradient, const float* image, const float* weights, float* grad_x, float* grad_weight) {
-        if (grad_x) backward_x(c, gradient, weights, grad_x);
+        if (grad_x) split_backward_x(c, gradient, weights, grad_x);
         if (grad_weight) backward_weight(c, gradient, image, grad_weight);
       });
 }

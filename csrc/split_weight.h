@@ -50,11 +50,12 @@ class SplitWeight {
     return amx::Depth(channels).weight_tiles() * taps * amx::kTileBytes;
   }
 
-  // c (rows × columns, c_stride apart) = the product of `rows` rows from tile `block` on with the pixels.
+  // c (rows × columns, c_stride apart) = the product of `rows` rows from tile `block` on with the pixels; up to a whole
+  // tile, rows that are missing are written.
   void multiply(const char* pixels, const std::vector<amx::Step>& steps, int64_t block, int64_t rows, int64_t columns,
                 float* c, int64_t c_stride) const {
-    amx::multiply_pixels({pixels, 64, kTile * 64}, {data_ + block * block_, 64, block_}, steps.data(), steps.size(),
-                         depth.tile_pairs(), tile_blocks(columns), tile_blocks(rows), c, c_stride);
+    amx::multiply_pixels(depth, {pixels, 64, kTile * 64}, {data_ + block * block_, 64, block_}, steps.data(),
+                         steps.size(), columns, tile_blocks(rows), c, c_stride);
   }
 
  private:

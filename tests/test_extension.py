@@ -98,9 +98,9 @@ def test_every_triton_launcher_takes_what_its_operator_takes():
     pytest.importorskip("triton", reason="triton is not installed")
     cpu_only = {
         f"masked_conv2d_{layout}{way}"
-        for layout in ("taps", "tiles", "split", "split_taps")
+        for layout in ("taps", "tiles", "split", "split_taps", "split_kept")
         for way in ("", "_backward")
-    }
+    } | {"masked_conv2d_split_parts"}
     for name, stem in dispatch._stems.items():
         if find_spec(f"sparse_gen.kernels.{stem}") and name not in cpu_only:
             launcher = getattr(import_module(f"sparse_gen.kernels.{stem}"), name)

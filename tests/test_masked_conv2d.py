@@ -120,6 +120,38 @@ def test_split_in_bands(shape, size, pool):
     assert_equal(shape, size, pool=pool, layout="split", experiments=1)
 
 
+# Several bands of rows, taps that see an even or an odd column first, kernels wider than high.
+@needs_amx
+@pytest.mark.parametrize("shape", [(7, 3, 3, 3), (16, 32, 5, 5), (33, 70, 1, 7), (5, 37, 2, 2), (3, 4, 1, 1)])
+@pytest.mark.parametrize("size", [(8, 9), (23, 10), (66, 130)])
+@pytest.mark.parametrize(("stride", "pool"), [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_split_with_parts_that_are_kept(poisoned, shape, size, stride, pool, mode):
+    ops, generator = torch.ops.sparse_gen, torch.Generator().manual_seed(0)
+    arguments = (stride, 1, list(MODES).index(mode), pool)
+    x, weight = torch.randn(2, shape[1], *size, generator=generator), torch.randn(2, *shape, generator=generator)
+    bias = torch.randn(2, shape[0], generator=generator)
+    parts = ops.masked_conv2d_split_parts(x, *shape[2:], *arguments)
+    leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = ops.masked_conv2d_split_kept(*leaves, parts, *arguments)
+    expected = dense(*doubles, stride=stride, padding=1, padding_mode=mode, upsample=None, pool=pool)
+    gradient = torch.randn(out.shape, generator=generator)
+    grads = torch.autograd.grad(out, leaves[:2], gradient)
+    for got, want in zip(
+        (out, *grads), (expected, *torch.autograd.grad(expected, doubles[:2], gradient.double())), strict=True
+    ):
+        assert (got.double() - want).norm() <= TOLERANCE[torch.float32] * want.norm()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        again = ops.masked_conv2d_split_kept(*leaves, parts, *arguments)
+        grads_again = torch.autograd.grad(again, leaves[:2], gradient)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, (out, *grads), (again, *grads_again)))
+
+
 @needs_amx
 @pytest.mark.parametrize(
     "shape", [(7, 3, 3, 3), (16, 16, 5, 5), (40, 70, 3, 3), (33, 20, 1, 1), (3, 4, 7, 7), (2, 3, 11, 11)]
@@ -296,6 +328,15 @@ def test_opcheck():
     torch.library.opcheck(ops.masked_conv2d_taps, (x, weight, bias, 1, 1, True))
     out = ops.masked_conv2d_taps(x, weight, None, 1, 1, True).detach()
     torch.library.opcheck(ops.masked_conv2d_taps_backward, (out, x.detach(), weight.detach(), 1, 1, True, True, True))
+
+
+@needs_amx
+def test_opcheck_of_parts_that_are_kept():
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in LEAVES)
+    ops = torch.ops.sparse_gen
+    torch.library.opcheck(ops.masked_conv2d_split_parts, (x.detach(), 3, 3, 1, 1, 1, True))
+    parts = ops.masked_conv2d_split_parts(x.detach(), 3, 3, 1, 1, 1, True)
+    torch.library.opcheck(ops.masked_conv2d_split_kept, (x, weight, bias, parts, 1, 1, 1, True))
 
 
 @pytest.mark.parametrize(

@@ -205,11 +205,11 @@ void plan_column_steps(long long columns, long long a_part, long long b_part, St
       *steps++ = {left * a_part + block * 64, right * b_part + block * kTileBytes, load_a, load_b};
     };
     step(2, 0, true, true);
+    step(1, 0, true, false);
     step(0, 0, true, false);
     step(0, 2, false, true);
     step(0, 1, false, true);
     step(1, 1, true, false);
-    step(1, 0, false, true);
   }
 }
 
@@ -271,6 +271,86 @@ SPARSE_GEN_KERNEL(one_by_two, FIRST(0, 0, 0); FIRST(1, 0, 1), A(6, 0), B(4, 0); 
                   LAST(0, 0, 0); LAST(1, 0, 1))
 SPARSE_GEN_KERNEL(one_by_one, FIRST(0, 0, 0), A(6, 0), B(4, 0), P(0, 6, 4), LAST(0, 0, 0))
 
+// One block of columns by itself: its three parts stay while four blocks of pixels go by. Sums are added up in the
+// steps' order, and lie 256 elements apart.
+#define ZEROS    \
+  _tile_zero(0); \
+  _tile_zero(1); \
+  _tile_zero(2); \
+  _tile_zero(3)
+#define ALL_FOUR(move) \
+  move(0, c, 64);       \
+  move(1, c + 256, 64); \
+  move(2, c + 512, 64); \
+  move(3, c + 768, 64)
+#define EACH(of) of(0); of(1); of(2); of(3)
+#define PIXELS(n, at) _tile_loadd(7, (const char*)a.data + n * a.block + steps[at].a, a.stride)
+#define ONE(n) PIXELS(n, 0); P(n, 7, 4)
+#define THREE(n) PIXELS(n, 1); P(n, 7, 4); P(n, 7, 5); P(n, 7, 6)
+#define TWO(n) PIXELS(n, 4); P(n, 7, 6); P(n, 7, 4)
+#define NARROW(n) PIXELS(n, 1); P(n, 7, 5); P(n, 7, 6)
+
+void four_by_one(const Operand& a, const Operand& b, const Step* steps, long long count, bool narrow, float* c) {
+  const char* right = (const char*)b.data;
+  ZEROS;
+  if (narrow) {
+    for (const Step* end = steps + count; steps != end; steps += 3) {
+      _tile_loadd(4, right + steps[0].b, 64);
+      _tile_loadd(5, right + steps[1].b, 64);
+      _tile_loadd(6, right + steps[2].b, 64);
+      EACH(ONE);
+      EACH(NARROW);
+    }
+  } else {
+    for (const Step* end = steps + count; steps != end; steps += 6) {
+      _tile_loadd(4, right + steps[0].b, 64);
+      _tile_loadd(5, right + steps[2].b, 64);
+      _tile_loadd(6, right + steps[3].b, 64);
+      EACH(ONE);
+      EACH(THREE);
+      EACH(TWO);
+    }
+  }
+  ALL_FOUR(_tile_stored);
+}
+
+#undef NARROW
+#undef TWO
+#undef THREE
+#undef ONE
+#undef PIXELS
+
+#define COLUMNS(n, at) _tile_loadd(7, b[n] + steps[at].b, 64)
+#define THREE(n) COLUMNS(n, 0); P(n, 6, 7); P(n, 5, 7); P(n, 4, 7)
+#define ONE(n) COLUMNS(n, 3); P(n, 4, 7)
+#define TWO(n) COLUMNS(n, 4); P(n, 4, 7); P(n, 5, 7)
+
+void one_by_four(const Operand& a, const char* const* b, const Step* steps, long long count, float* c, bool add) {
+  if (add) {
+    ALL_FOUR(_tile_loadd);
+  } else {
+    ZEROS;
+  }
+  const char* left = (const char*)a.data;
+  for (const Step* end = steps + count; steps != end; steps += 6) {
+    _tile_loadd(6, left + steps[0].a, a.stride);
+    _tile_loadd(5, left + steps[1].a, a.stride);
+    _tile_loadd(4, left + steps[2].a, a.stride);
+    EACH(THREE);
+    EACH(ONE);
+    EACH(TWO);
+  }
+  ALL_FOUR(_tile_stored);
+}
+
+#undef TWO
+#undef ONE
+#undef THREE
+#undef COLUMNS
+#undef EACH
+#undef ALL_FOUR
+#undef ZEROS
+
 #undef P
 #undef B
 #undef A
@@ -294,20 +374,39 @@ void tile_product(const Operand& a, const Operand& b, const Step* steps, long lo
     }
 }
 
-void multiply_pixels(const Operand& pixels, const Operand& weight, const Step* steps, long long count,
-                     long long tile_pairs, long long pixel_blocks, long long column_blocks, float* c,
-                     long long c_stride) {
-  const Tiles tiles(tile_pairs);
-  alignas(64) float squares[4 * 256];
+void tile_product_of_four(const Operand& a, const char* const* b, const Step* steps, long long count, float* c,
+                          bool add) {
+  one_by_four(a, b, steps, count, c, add);
+}
+
+void multiply_pixels(const Depth& depth, const Operand& pixels, const Operand& weight, const Step* steps,
+                     long long count, long long length, long long column_blocks, float* c, long long c_stride) {
+  const Tiles tiles(depth.tile_pairs());
+  const long long pixel_blocks = (length + kTile - 1) / kTile;
+  alignas(64) float squares[4 * 256], turned[256];
   const Sums sums{squares, 16, 512, 256};
-  for (long long column = 0; column < column_blocks; column += 2)
-    for (long long pixel = 0; pixel < pixel_blocks; pixel += 2) {
-      const bool rows = pixel + 1 < pixel_blocks, columns = column + 1 < column_blocks;
+  const auto give = [&](const float* square, long long column, long long pixel) {
+    float* to = c + column * kTile * c_stride + pixel * kTile;
+    if ((pixel + 1) * kTile <= length) return turn(square, to, c_stride);
+    turn(square, turned, kTile);
+    for (long long n = 0; n < kTile; ++n)
+      _mm512_mask_storeu_ps(to + n * c_stride, first_lanes(length - pixel * kTile), _mm512_load_ps(turned + n * kTile));
+  };
+  for (long long column = 0; column < column_blocks; column += 2) {
+    const bool columns = column + 1 < column_blocks;
+    long long pixel = 0;
+    // Its tiles have left and right factors of one shape alone.
+    for (; !columns && depth.tile_pairs() == kTile && pixel + 4 <= pixel_blocks; pixel += 4) {
+      four_by_one(pixels.from(pixel), weight.from(column), steps, count, depth.narrow(), squares);
+      for (long long n = 0; n < 4; ++n) give(squares + n * 256, column, pixel + n);
+    }
+    for (; pixel < pixel_blocks; pixel += 2) {
+      const bool rows = pixel + 1 < pixel_blocks;
       kernel_of(rows, columns)(pixels.from(pixel), weight.from(column), steps, count, sums, false);
       for (long long n = 0; n < 1 + rows; ++n)
-        for (long long m = 0; m < 1 + columns; ++m)
-          turn(squares + (2 * n + m) * 256, c + (column + m) * 16 * c_stride + (pixel + n) * 16, c_stride);
+        for (long long m = 0; m < 1 + columns; ++m) give(squares + (2 * n + m) * 256, column + m, pixel + n);
     }
+  }
 }
 
 void collect_squares(const WeightSquares& s, const float* squares, long long count, long long first, long long last,

@@ -58,8 +58,9 @@ void pack_weight(const Depth&, const float* weight, long long columns, const int
 // The steps of such a product, depth.blocks() * taps * depth.products() of them; a tap sees the pixels tap_at on.
 void plan_steps(const Depth&, long long pixels, long long taps, const long long* tap_at, Step* steps);
 
-// c (columns × pixels, a column every c_stride) = the product of 16 pixel_blocks × 16 column_blocks, turned.
-void multiply_pixels(const Operand& pixels, const Operand& weight, const Step* steps, long long count, long long tile_pairs, long long pixel_blocks, long long column_blocks, float* c, long long c_stride);
+// c (columns × length, a column every c_stride) = the product of `length` pixels × 16 column_blocks, turned. Of a column
+// nothing behind `length` is written.
+void multiply_pixels(const Depth&, const Operand& pixels, const Operand& weight, const Step* steps, long long count, long long length, long long column_blocks, float* c, long long c_stride);
 
 // For sums over columns: `rows` rows of `columns` elements as the parts of a left operand, a row of bfloat16 every
 // `plane`, a part every `part` elements, with zeros behind each row up to a multiple of 32.
@@ -88,6 +89,10 @@ class Tiles {
 
 // c (16 row_blocks × 16 column_blocks) = or += the sum over the steps.
 void tile_product(const Operand& a, const Operand& b, const Step* steps, long long count, long long row_blocks, long long column_blocks, const Sums& c, bool add);
+
+// The same for one block of rows and four of columns, which begin at b[0] to b[3], with plan_column_steps' steps. The
+// squares lie one behind the other. So every tile is loaded once, where tile_product loads most of them for two products.
+void tile_product_of_four(const Operand& a, const char* const* b, const Step* steps, long long count, float* c, bool add);
 
 // The gradient of a weight (out × in × taps) as squares of 16 by 16 channels: for each 16 of the output, tap and 16 of
 // the input one; channels that are missing are there.

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES, check_convolution, register_sparse_convolution
-from sparse_gen.ops.dispatch import LIBRARY
+from sparse_gen.ops.dispatch import LIBRARY, register_operator
 from sparse_gen.ops.masked_conv2d_layouts import LAYOUTS, UPSAMPLE, layout_for, why_not
 
 _ARGUMENTS = "int stride, int padding, int mode, int upsample, bool pool, int layout"
@@ -107,6 +107,23 @@ for _name in ("tiles", "split"):
         ),
         name=f"masked_conv2d_{_name}",
     )
+# What "split" makes of an image, kept for one that stays the same: the operator reads it instead. The reference has no
+# use for it.
+register_operator(
+    "masked_conv2d_split_parts(Tensor x, int kernel_h, int kernel_w, int stride, int padding, int mode, bool pool)"
+    " -> Tensor",
+    reference=lambda x, *_: x.new_empty(len(x), 0, dtype=torch.uint8),
+    fake=lambda x, *_: x.new_empty(len(x), torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8),
+    stem="masked_conv2d",
+)
+register_sparse_convolution(
+    "Tensor parts, int stride, int padding, int mode, bool pool",
+    reference=lambda x, weight, bias, _, *arguments: _tiles_reference(x, weight, bias, *arguments),
+    fake=lambda x, weight, bias, _, stride, padding, mode, pool: _fake(
+        x, weight, bias, stride, padding, mode, 0, pool, 0
+    ),
+    name="masked_conv2d_split_kept",
+)
 LIBRARY.impl("masked_conv2d", masked_conv2d_forward, "CPU")
 LIBRARY.impl("masked_conv2d_backward", masked_conv2d_backward, "CPU")
 
