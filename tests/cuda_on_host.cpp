@@ -151,7 +151,7 @@ void up_backward(const Body& body) {
         auto* lanes = &states[warp * kWarp];
         for (int c = 0; c < Body::kChannels; ++c)
           for (bool more = lanes[0].at[c] < lanes[0].end[c]; more;) {
-            const long long at = lanes[0].at[c];
+            const int at = lanes[0].at[c];
             for (int lane = 0; lane < kWarp; ++lane)
               body.stage_weights(chunk, at, lanes[0].end[c], lanes[lane], *shared);
             for (int n = 0; n < Body::kBatch && more; n += Body::kAtOnce) {

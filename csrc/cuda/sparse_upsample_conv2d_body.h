@@ -45,6 +45,7 @@ struct WeightAt {
 
 template <class T, bool Linear>
 struct UpForward {
+  static constexpr bool kLinear = Linear;
   static constexpr int kWeights = 256;  // of a channel, staged at once
   static constexpr int kPixels = kSharedBytes / sizeof(T);
 
@@ -227,26 +228,29 @@ struct UpForward {
   SPARSE_GEN_HD void add_anywhere(int shift, Range range, const Shared& shared, State& state) const {
     const UpAxis<T> axis = row_axis();
     const int halo = halo_of(s.padding, s.upsample);
-    for (int source = 0; source < (Linear ? 2 : 1); ++source) {
-      int at[kUpRows];
-      T factor[kUpRows], sum[kUpRows];
-      SPARSE_GEN_UNROLL
-      for (int j = 0; j < kUpRows; ++j) {
-        const Sources<T> seen = axis.sources(2 * state.place.top + j + shift);
-        const int row = (source ? seen.second : seen.near) - state.place.top + halo;
-        // Those below the image are stored nowhere, and may be any.
-        at[j] = (row < 0 ? 0 : row < rows() ? row : rows() - 1) * kWarp + state.lane - state.offset;
-        factor[j] = source ? seen.second_factor : seen.near_factor;
-        sum[j] = 0;
-      }
-      for (int n = range.begin; n < range.end; ++n) {
-        const WeightAt<T> weight = shared.weight[state.warp][n];
+    SPARSE_GEN_UNROLL
+    for (int first = 0; first < kUpRows; first += kStripRows)
+      for (int source = 0; source < (Linear ? 2 : 1); ++source) {
+        int at[kStripRows];
+        T factor[kStripRows], sum[kStripRows];
         SPARSE_GEN_UNROLL
-        for (int j = 0; j < kUpRows; ++j) sum[j] += weight.value * shared.image[weight.offset + at[j]];
+        for (int j = 0; j < kStripRows; ++j) {
+          const Sources<T> seen = axis.sources(2 * state.place.top + first + j + shift);
+          const int row = (source ? seen.second : seen.near) - state.place.top + halo;
+          // Those below the image are stored nowhere, and may be any.
+          at[j] = (row < 0 ? 0 : row < rows() ? row : rows() - 1) * kWarp + state.lane - state.offset;
+          factor[j] = source ? seen.second_factor : seen.near_factor;
+          sum[j] = 0;
+        }
+        SPARSE_GEN_ROLLED
+        for (int n = range.begin; n < range.end; ++n) {
+          const WeightAt<T> weight = shared.weight[state.warp][n];
+          SPARSE_GEN_UNROLL
+          for (int j = 0; j < kStripRows; ++j) sum[j] += weight.value * shared.image[weight.offset + at[j]];
+        }
+        SPARSE_GEN_UNROLL
+        for (int j = 0; j < kStripRows; ++j) state.rows[first + j] += factor[j] * sum[j];
       }
-      SPARSE_GEN_UNROLL
-      for (int j = 0; j < kUpRows; ++j) state.rows[j] += factor[j] * sum[j];
-    }
   }
 
   template <int Rows, bool Odd>

@@ -40,7 +40,7 @@ struct UpBackward {
   struct State {
     Strips::Place place;
     int experiment, window, channel, warp, lane, first_top, last_top, first_column;
-    long long at[Channels], end[Channels];  // each channel's next weight
+    int at[Channels], end[Channels];  // each channel's next weight
     T x[Channels][kStripRows], sum[Channels][kStripRows];
     T share[Linear ? kUpRows : 1];  // of the strip's up-sampled rows' second sources
     T half[kStripRows][2];          // one tap row's planes before the kernel's columns are told apart
@@ -74,8 +74,8 @@ struct UpBackward {
     for (int c = 0; c < Channels; ++c) {
       const int channel = state.channel + c;
       const bool there = channel < s.in_channels;
-      state.at[c] = there ? read(pattern.by_input + channel) : 0;
-      state.end[c] = there ? read(pattern.by_input + channel + 1) : 0;
+      state.at[c] = there ? (int)read(pattern.by_input + channel) : 0;
+      state.end[c] = there ? (int)read(pattern.by_input + channel + 1) : 0;
       const long long plane = (long long)state.experiment * s.in_channels + channel;
       const Load<T> load = there && x.load ? Load<T>::of(x.load + plane * 5) : Load<T>{};
       SPARSE_GEN_UNROLL
@@ -156,7 +156,7 @@ struct UpBackward {
   }
 
   // The next weights of a channel, which are in the planes' order; -1 behind those that see a staged plane.
-  SPARSE_GEN_HD void stage_weights(int chunk, long long at, long long end, const State& state, Shared& shared) const {
+  SPARSE_GEN_HD void stage_weights(int chunk, int at, int end, const State& state, Shared& shared) const {
     const int first = chunk * a_chunk() * s.kernel, planes = units_of(chunk) * s.kernel;
     GradientWeight<T> weight{T(0), -1, 0};
     if (at + state.lane < end) {
