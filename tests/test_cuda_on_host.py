@@ -36,7 +36,7 @@ def program(tmp_path_factory):
         pytest.skip("no C++ compiler was found")
     path = tmp_path_factory.mktemp("cuda") / "cuda_on_host"
     sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-    command = f"{compiler} -std=c++20 -O1 -g -Wall -Wextra -Werror {sanitize} -I{ROOT / 'csrc'}"
+    command = f"{compiler} -std=c++20 -O1 -g1 -Wall -Wextra -Werror {sanitize} -I{ROOT / 'csrc'}"
     run = subprocess.run(
         [*shlex.split(command), str(ROOT / "tests/cuda_on_host.cpp"), "-o", str(path)], capture_output=True, text=True
     )
