@@ -141,6 +141,11 @@ def test_the_same_bits_on_a_gpu_run_for_run_and_beside_other_experiments(upsampl
     first = results(x, values)
     for _ in range(5):
         assert all(map(torch.equal, first, results(x, values)))
+    # A gradient that begins between two pairs of pixels.
+    shifted = torch.empty(first[0].numel() + 1, device="cuda")[1:].view_as(first[0])
+    leaf = values.detach().requires_grad_()
+    out = sparse_upsample_conv2d(x, leaf, pattern, padding=1, padding_mode="reflect", upsample=upsample)
+    assert torch.equal(torch.autograd.grad(out, leaf, shifted.copy_(2 * first[0]))[0], first[2])
     # How many channels share a block goes by the blocks there are, and must not show.
     for part, alone in zip(first, results(x[1:], values[1:]), strict=True):
         assert torch.equal(part[1:], alone)

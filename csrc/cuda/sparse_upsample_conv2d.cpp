@@ -34,6 +34,13 @@ cuda::SmallImage<T> image_of(const Tensor& x, const std::optional<Tensor>& load)
   return {x.const_data_ptr<T>(), load ? load->const_data_ptr<T>() : nullptr};
 }
 
+// The kernels read rows in pairs of pixels, which a contiguous view of another tensor need not begin with.
+template <class T>
+Tensor in_pairs(const Tensor& gradient) {
+  const bool aligned = reinterpret_cast<uintptr_t>(gradient.const_data_ptr<T>()) % (2 * sizeof(T)) == 0;
+  return aligned ? gradient : torch::stable::clone(gradient);
+}
+
 }  // namespace
 
 // The kernel is square: sparse_gen/ops checks it.
@@ -72,10 +79,11 @@ std::tuple<Tensor, Tensor> sparse_upsample_conv2d_backward_cuda(
   if (!needs_grad_x && !needs_grad_values) return {grad_x, grad_values};
   for_float_type(x, [&](auto type) {
     using T = decltype(type);
+    const Tensor gradient = in_pairs<T>(grad_out);
     Tensor partial = torch::stable::new_empty(
         x, {needs_grad_values ? cuda::sparse_upsample_conv2d_partial_size(shape) : 0});
     device.check(cuda::sparse_upsample_conv2d_backward(
-        shape, pattern, grad_out.const_data_ptr<T>(), image_of<T>(x, load), values.const_data_ptr<T>(),
+        shape, pattern, gradient.const_data_ptr<T>(), image_of<T>(x, load), values.const_data_ptr<T>(),
         partial.mutable_data_ptr<T>(), needs_grad_x ? grad_x.mutable_data_ptr<T>() : nullptr,
         needs_grad_values ? grad_values.mutable_data_ptr<T>() : nullptr, device.stream()));
   });
