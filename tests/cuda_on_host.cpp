@@ -4,11 +4,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "cuda/concrete_mask_body.h"
 #include "cuda/sparse_conv2d_body.h"
+#include "cuda/sparse_upsample_conv2d_gradient_body.h"
 
 using namespace sparse_gen::cuda;
 
@@ -94,10 +96,117 @@ void convolution(const std::vector<int>& n) {
   for (int e = 0; e < s.experiments; ++e)
     for (int k = 0; k < s.kept; ++k)
       grad_values[(long long)e * s.kept + k] =
-          sum_of_chunks(partial.data() + (long long)e * chunks * s.kept + k, chunks, s.kept);
+          (T)sum_of_chunks(partial.data() + (long long)e * chunks * s.kept + k, 0, chunks, s.kept);
   output(out);
   output(grad_x);
   output(grad_values);
+}
+
+// The kernel `up_forward` of sparse_upsample_conv2d.cu.
+template <class T, class Body>
+void up_forward(const Body& body) {
+  const int threads = body.warps * kWarp;
+  const auto shared = std::make_unique<typename Body::Shared>();
+  std::vector<typename Body::State> states(threads);
+  for (long long block = 0; block < body.blocks(); ++block) {
+    std::memset((void*)shared.get(), 0xff, sizeof *shared);
+    for (int t = 0; t < threads; ++t) body.begin((int)block, t, states[t]);
+    for (int chunk = 0; chunk < body.chunks(); ++chunk) {
+      for (auto& state : states) body.stage_image(chunk, state, *shared);
+      for (int warp = 0; warp < body.warps; ++warp) {
+        auto* lanes = &states[warp * kWarp];
+        for (int segment = 0; segment < body.segments(lanes[0]); ++segment) {
+          for (int lane = 0; lane < kWarp; ++lane) body.stage_weights(segment, lanes[lane], *shared);
+          for (int kx = 0; kx < body.s.kernel; ++kx) {
+            bool any = false;
+            for (int lane = 0; lane < kWarp; ++lane) any = body.add_rows(kx, segment, *shared, lanes[lane]);
+            const auto from = [&](T, int row, int lane) { return lanes[lane].rows[row]; };
+            for (int lane = 0; lane < kWarp && any; ++lane) body.add_columns(kx, from, lanes[lane]);
+          }
+        }
+      }
+    }
+    for (auto& state : states) body.finish(state);
+  }
+}
+
+// The kernel `up_backward`.
+template <class T, class Body>
+void up_backward(const Body& body) {
+  const int threads = body.warps * kWarp;
+  const auto shared = std::make_unique<typename Body::Shared>();
+  std::vector<typename Body::State> states(threads);
+  for (long long block = 0; block < body.blocks(); ++block) {
+    std::memset((void*)shared.get(), 0xff, sizeof *shared);
+    for (int t = 0; t < threads; ++t) body.begin((int)block, t, states[t]);
+    for (int chunk = 0; chunk < body.chunks(); ++chunk) {
+      for (int n = 0; n < body.units_of(chunk); ++n) {
+        auto* lanes = &states[n % body.warps * kWarp];
+        for (int lane = 0; lane < kWarp; ++lane) body.add_rows(chunk * body.a_chunk() + n, lanes[lane]);
+        const auto from = [&](T, int row, int lane) { return lanes[lane].half[row / 2][row % 2]; };
+        for (int kx = 0; kx < body.s.kernel; ++kx)
+          for (int lane = 0; lane < kWarp; ++lane) body.add_columns(n, kx, from, lanes[lane], *shared);
+      }
+      for (int warp = 0; warp < body.warps; ++warp) {
+        auto* lanes = &states[warp * kWarp];
+        for (int c = 0; c < Body::kChannels; ++c)
+          for (bool more = lanes[0].at[c] < lanes[0].end[c]; more;) {
+            const int at = lanes[0].at[c];
+            for (int lane = 0; lane < kWarp; ++lane)
+              body.stage_weights(chunk, at, lanes[0].end[c], lanes[lane], *shared);
+            for (int n = 0; n < Body::kBatch && more; n += Body::kAtOnce) {
+              int count = 0;
+              for (int lane = 0; lane < kWarp; ++lane) count = body.multiply(c, n, *shared, lanes[lane]);
+              lanes[0].at[c] += count;
+              more = count == Body::kAtOnce;
+              for (int k = 0; k < count; ++k) {
+                T sum = 0;
+                for (int lane = 0; lane < kWarp; ++lane) sum += lanes[lane].dot[k];
+                body.store_dot(n + k, sum, *shared, lanes[0]);
+              }
+            }
+          }
+      }
+    }
+    for (auto& state : states) body.finish(state);
+  }
+}
+
+template <class T, bool Linear>
+void up_convolution(const std::vector<int>& n) {
+  const UpShape s{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
+  const int loaded = n[10], warps = n[11];
+  const long long size = (long long)s.experiments * s.in_channels * s.plane();
+  const long long out_size = (long long)s.experiments * s.out_channels * s.out_plane();
+  const auto pixels = input<T>(size), loads = input<T>((long long)s.experiments * s.in_channels * 5);
+  const SmallImage<T> x{pixels.data(), loaded ? loads.data() : nullptr};
+  const auto values = input<T>((long long)s.experiments * s.kept);
+  const auto bias = input<T>((long long)s.experiments * s.out_channels), gradient = input<T>(out_size);
+  const auto taps = input<int>(4LL * s.kept);
+  const auto by_tap = input<long long>((long long)s.out_channels * s.taps() + 1), tap_order = input<long long>(s.kept);
+  const auto by_input = input<long long>(s.in_channels + 1LL), input_order = input<long long>(s.kept);
+  const TapPattern pattern{taps.data(), by_tap.data(), tap_order.data(), by_input.data(), input_order.data()};
+
+  auto out = poisoned<T>(out_size);
+  up_forward<T>(UpForward<T, Linear>{s, pattern, x, values.data(), bias.data(), out.data(), warps});
+  output(out);
+  // As many channels a warp as the launcher gives it, and one.
+  const auto backward = [&](auto body) {
+    auto grad_x = poisoned<T>(size), grad_values = poisoned<T>(values.size());
+    const int windows = body.strips().windows();
+    auto partial = poisoned<T>((long long)s.experiments * windows * s.kept);
+    body.grad_x = grad_x.data();
+    body.partial = partial.data();
+    up_backward<T>(body);
+    for (int e = 0; e < s.experiments; ++e)
+      for (int k = 0; k < s.kept; ++k)
+        grad_values[(long long)e * s.kept + k] =
+            (T)sum_of_chunks(partial.data() + (long long)e * windows * s.kept + k, 0, windows, s.kept);
+    output(grad_x);
+    output(grad_values);
+  };
+  backward(UpBackward<T, Linear, 1>{s, pattern, gradient.data(), x, values.data(), nullptr, nullptr, warps});
+  backward(UpBackward<T, Linear, kGradientChannels>{s, pattern, gradient.data(), x, values.data(), nullptr, nullptr, warps});
 }
 
 template <class T>
@@ -148,6 +257,8 @@ void run(const std::string& name, const std::vector<int>& numbers) {
   if (name == "many_pixels") return convolution<T, kManyConvPixels, kManyGradientPixels, NoLoad<T>>(numbers);
   if (name == "few_pixels_loaded") return convolution<T, kFewConvPixels, kFewGradientPixels, Load<T>>(numbers);
   if (name == "many_pixels_loaded") return convolution<T, kManyConvPixels, kManyGradientPixels, Load<T>>(numbers);
+  if (name == "nearest") return up_convolution<T, false>(numbers);
+  if (name == "bilinear") return up_convolution<T, true>(numbers);
   mask<T>(numbers);
 }
 

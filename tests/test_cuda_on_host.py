@@ -21,6 +21,7 @@ from sparse_gen.ops.concrete_mask import (
 from sparse_gen.ops.norm_load import apply_load_reference
 from sparse_gen.ops.philox import Stream
 from sparse_gen.ops.sparse_conv2d import SparsePattern, sparse_conv2d_reference
+from sparse_gen.ops.sparse_upsample_conv2d import UPSAMPLE, TapPattern, sparse_upsample_conv2d_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 # DESIGN's bound for fp32, relative to the norm; double is rounding's.
@@ -35,7 +36,7 @@ def program(tmp_path_factory):
         pytest.skip("no C++ compiler was found")
     path = tmp_path_factory.mktemp("cuda") / "cuda_on_host"
     sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-    command = f"{compiler} -std=c++20 -O1 -g -Wall -Wextra -Werror {sanitize} -I{ROOT / 'csrc'}"
+    command = f"{compiler} -std=c++20 -O1 -g1 -Wall -Wextra -Werror {sanitize} -I{ROOT / 'csrc'}"
     run = subprocess.run(
         [*shlex.split(command), str(ROOT / "tests/cuda_on_host.cpp"), "-o", str(path)], capture_output=True, text=True
     )
@@ -139,6 +140,72 @@ def test_sparse_conv2d_at_any_density(program, density):
         program, "many_pixels", (2, 20, 3, 3), (12, 11), stride=1, padding=1, mode="reflect", dtype=torch.float32,
         density=density, experiments=3,
     )  # fmt: skip
+
+
+def assert_upsampling(
+    program, upsample, shape, size, *, mode, dtype=torch.float64, density=0.4, experiments=2, loaded=False, warps=8
+):
+    generator = torch.Generator().manual_seed(0)
+    taps = TapPattern.of(torch.rand(shape, generator=generator) < density)
+    pattern = taps.pattern
+    kept, mode = len(pattern.index), MODES.index(mode)
+
+    def normal(*s):
+        return torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype)
+
+    x, values, bias = normal(experiments, shape[1], *size), normal(experiments, kept), normal(experiments, shape[0])
+    load = normal(experiments, shape[1], 5)
+    seen = apply_load_reference(x.double(), load.double()) if loaded else x.double()
+    leaves = [t.requires_grad_() for t in (seen, values.double(), bias.double())]
+    parts = (pattern.taps, taps.by_tap, taps.tap_order, pattern.by_input, pattern.input_order)
+    kind, padding = UPSAMPLE.index(upsample), shape[-1] // 2
+    expected = sparse_upsample_conv2d_reference(*leaves, *parts, shape[0], *shape[2:], padding, mode, kind)
+    gradient = normal(*expected.shape)
+    grads = torch.autograd.grad(expected, leaves[:2], gradient.double())
+    want = [expected.detach(), *grads, *grads]  # with one and with several input channels a warp
+    numbers = (
+        experiments, shape[1], *size, shape[0], shape[-1], padding, mode, kind, kept, int(loaded), warps
+    )  # fmt: skip
+    arrays = [x, load, values, bias, gradient, *parts]
+    got = run(program, upsample.removesuffix("_corners"), dtype, numbers, arrays, [w.shape for w in want])
+    for g, w in zip(got, want, strict=True):
+        assert_near(g, w, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("upsample", UPSAMPLE[1:])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_sparse_upsample_conv2d(program, upsample, mode, kernel):
+    # 9 rows break off in a strip of 4; 23 columns share a warp with the next strip, 33 and 64 need several windows.
+    for size, dtype in (((9, 23), torch.float64), ((6, 33), torch.float32), ((4, 64), torch.float64)):
+        assert_upsampling(program, upsample, (3, 5, kernel, kernel), size, mode=mode, dtype=dtype, warps=2)
+
+
+@pytest.mark.parametrize("upsample", UPSAMPLE[1:])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kernel", [3, 5, 11])
+def test_sparse_upsample_conv2d_of_a_few_pixels(program, upsample, mode, kernel):
+    sizes = ((1, 1), (1, 40), (5, 1), (2, 3), (3, 2), (7, 6), (8, 8))
+    for size in sizes:
+        if mode != "reflect" or kernel // 2 < 2 * min(size):
+            assert_upsampling(program, upsample, (2, 2, kernel, kernel), size, mode=mode, experiments=1, warps=2)
+
+
+@pytest.mark.parametrize("upsample", UPSAMPLE[1:])
+@pytest.mark.parametrize("mode", MODES)
+def test_sparse_upsample_conv2d_through_a_load_and_in_several_steps(program, upsample, mode):
+    """Of 70 channels not all fit into shared memory at once, nor do 9 · 70 weights, nor the planes of 20 · 9 taps."""
+    for shape, density in (((2, 70, 3, 3), 0.9), ((20, 3, 3, 3), 0.5), ((2, 70, 5, 5), 0.05)):
+        assert_upsampling(
+            program, upsample, shape, (6, 9), mode=mode, loaded=True, density=density, experiments=1, warps=4
+        )
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+def test_sparse_upsample_conv2d_at_any_density(program, density):
+    assert_upsampling(
+        program, "nearest", (9, 10, 3, 3), (5, 7), mode="reflect", dtype=torch.float32, density=density, experiments=3
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -41,7 +41,7 @@ NETWORKS = {
     "deep decoder": lambda: sg.generators.DeepDecoder(4, channels=(5, 6)),
     "nearest deep decoder": lambda: sg.generators.DeepDecoder(4, channels=(5, 6), upsample="nearest", kernel=3),
 }
-LAYOUTS = ["rule", "sparse", "dense fused", "dense phases", "upsampled sparse"]
+LAYOUTS = ["rule", "sparse", "dense fused", "dense phases", "taps", "upsampled sparse"]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def preferring(fast, layout):
     """A network's plan with one layout wherever it can run."""
     convolutions = fast._sparse_run.program(0).convolutions.values()
     able = [s.name for s, own in convolutions if own in candidates(s) and layout in candidates(s)]
-    assert able or layout in ("dense phases", "upsampled sparse")
+    assert able or layout in ("dense phases", "taps", "upsampled sparse")
     return fast.plan.replace(dict.fromkeys(able, layout))
 
 

@@ -97,6 +97,15 @@ def test_references_are_not_measured(gpu, monkeypatch):
     assert measure.contenders(stage(), torch.float64) == ["dense"]
 
 
+def test_the_tap_fold_is_measured_where_its_kernel_was_compiled(gpu, timed, monkeypatch):
+    monkeypatch.setattr(layouts, "has_gpu_kernel", lambda operator: operator == "sparse_upsample_conv2d")
+    for upsample in ("nearest", "bilinear", "bilinear_corners"):
+        assert measure.contenders(stage(upsample), torch.float32)[-1] == "taps"
+    seen = timed(taps=1.0)
+    assert measure.measured_layout(stage("nearest"), torch.float32) == "taps"
+    assert [layouts for _, layouts in seen] == [["dense", "dense phases", "taps"]]
+
+
 def test_a_measured_plan_of_a_network(gpu, monkeypatch):
     """By a clock on which a layout's turn decides: what is measured runs where the network runs."""
     steps = {"dense": 5.0, "dense phases": 4.0, "dense fused": 1.0}

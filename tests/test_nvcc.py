@@ -97,8 +97,9 @@ def test_every_source_compiles_for_every_gpu(source, folder):
 
 # Registers a thread and bytes of shared memory on sm_90, by a pattern in the kernel's mangled name ("f" is float, "d"
 # double). The convolutions promise the compiler six blocks of 128 threads, the weights' gradient five; they stage 128
-# weights of 16 bytes (24 in double) and a byte, or of 36 (64) with their loads. The mask's float kernels leave room for
-# four blocks of 256 threads.
+# weights of 16 bytes (24 in double) and a byte, or of 36 (64) with their loads. Those of the tap fold promise three
+# blocks of 256 threads forward and nearest, otherwise two, and one in double; how much they share, the launch says. The
+# mask's float kernels leave room for four blocks of 256 threads.
 LIMITS = {
     r"ForwardBlockIfLi\dENS0_6NoLoad": (80, 2176),
     r"ForwardBlockIdLi\dENS0_6NoLoad": (80, 3200),
@@ -107,7 +108,13 @@ LIMITS = {
     "InputGradientBlockIf": (80, 2176),
     "InputGradientBlockId": (80, 3200),
     "WeightGradientWarpI": (96, 0),
-    "add_chunksI": (64, 0),
+    "add_chunksI": (64, 4096),
+    "UpForwardIfLb0": (80, 0),
+    "UpForwardIfLb1": (128, 0),
+    "UpForwardId": (255, 0),
+    "UpBackwardIfLb.ELi1": (128, 0),
+    "UpBackwardIfLb.ELi4": (128, 0),
+    "UpBackwardId": (255, 0),
     "updateILb0Ef": (64, 8),
     "updateILb1Ef": (64, 8),
     "updateILb0Ed": (96, 16),
@@ -152,6 +159,33 @@ def test_concrete_mask_update_moves_36_bytes_a_logit(kernel, folder):
         assert (reads, writes) == (["v4."] * 5, ["v4."] * 4)
     else:
         assert (reads, writes) == ([""] * 20, [""] * 16)
+
+
+@pytest.mark.parametrize(
+    ("body", "kib"),
+    [
+        ("UpForward<float, false>", 227 // 3),  # three blocks on a multiprocessor of sm_90
+        ("UpBackward<float, false, 4>", 227 // 4),
+        ("UpForward<double, true>", 99),  # the most that a block may have on sm_86
+    ],
+)
+def test_what_the_blocks_of_the_tap_fold_share(body, kib, folder):
+    program = folder / "shared.cpp"
+    lines = (
+        '#include "cuda/sparse_upsample_conv2d_gradient_body.h"',
+        f"static_assert(sizeof(sparse_gen::cuda::{body}::Shared) <= {kib} * 1024);",
+    )
+    program.write_text("\n".join([*lines, ""]))
+    _run(_setup().find_compiler(), "-std=c++20", f"-I{ROOT / 'csrc'}", "-fsyntax-only", program)
+
+
+def test_the_tap_fold_reads_and_writes_whole_pairs(folder):
+    """The output has two pixels a lane and row: eight stores of two; the gradient's rows are read likewise."""
+    found = ptx(ROOT / "csrc/cuda/sparse_upsample_conv2d.cu", folder)
+    (forward,) = (code for name, code in found.items() if "UpForwardIfLb0" in name)
+    assert re.findall(r"st\.global\.(v2\.)?[fb]32", forward) == ["v2."] * 8
+    (backward,) = (code for name, code in found.items() if "UpBackwardIfLb0ELi4" in name)
+    assert len(re.findall(r"ld\.global\.nc\.v2\.[fb]32", backward)) >= 8
 
 
 @pytest.mark.parametrize("source", BINDINGS, ids=lambda path: path.stem)

@@ -27,32 +27,44 @@ def dense(x, weight, bias, stride, padding, mode):
 
 
 def assert_equal(
-    shape, size, *, density=0.3, stride=1, padding=None, mode="reflect", experiments=2, dtype=torch.float32
-):
+    shape, size, *, density=0.3, stride=1, padding=None, mode="reflect", experiments=2, dtype=torch.float32,
+    device="cpu",
+):  # fmt: skip
     padding = shape[-1] // 2 if padding is None else padding
     mask, generator = random_mask(shape, density)
-    pattern = SparsePattern.of(mask, stride)
-    kept = len(pattern.index)
+    pattern, index = SparsePattern.of(mask.to(device), stride), SparsePattern.of(mask, stride).index
+    kept = len(index)
 
     def normal(*s):
-        return torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*s, generator=generator, dtype=torch.float64).to(device, dtype)
 
     leaves = [normal(experiments, shape[1], *size), normal(experiments, kept), normal(experiments, shape[0])]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     x, values, bias = leaves
     out = sparse_conv2d(x, values, pattern, bias, padding=padding, padding_mode=mode)
 
-    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    doubles = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
     flat = torch.zeros(experiments, mask.numel(), dtype=torch.float64)
-    weight = flat.scatter(1, pattern.index.expand(experiments, -1), doubles[1]).view(experiments, *shape)
+    weight = flat.scatter(1, index.expand(experiments, -1), doubles[1]).view(experiments, *shape)
     expected = dense(doubles[0], weight, doubles[2], stride, padding, mode)
     assert out.shape == expected.shape
     gradient = normal(*out.shape)
     got = [out, *torch.autograd.grad(out, leaves, gradient)]
-    want = [expected, *torch.autograd.grad(expected, doubles, gradient.double())]
+    want = [expected, *torch.autograd.grad(expected, doubles, gradient.cpu().double())]
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape
-        assert (g.double() - w).norm() <= TOLERANCE[dtype] * w.norm() + 1e-300
+        assert (g.cpu().double() - w).norm() <= TOLERANCE[dtype] * w.norm() + 1e-300
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to run on")
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_a_gpu(poisoned, mode, stride, dtype):
+    for kernel in (1, 3, 5):
+        for size in ((5, 7), (9, 23), (66, 70)):
+            assert_equal((5, 3, kernel, kernel), size, stride=stride, mode=mode, dtype=dtype, device="cuda")
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])

@@ -33,33 +33,34 @@ def dense(x, weight, bias, padding, mode, upsample):
     return torch.cat(outputs)
 
 
-def assert_equal(shape, size, *, density=0.3, mode="reflect", upsample="nearest", experiments=2, dtype=torch.float32):
+def assert_equal(
+    shape, size, *, density=0.3, mode="reflect", upsample="nearest", experiments=2, dtype=torch.float32, device="cpu"
+):
     padding = shape[-1] // 2
     mask, generator = random_mask(shape, density)
-    pattern = TapPattern.of(mask)
-    index = pattern.pattern.index
+    pattern, index = TapPattern.of(mask.to(device)), TapPattern.of(mask).pattern.index
 
     def normal(*s):
-        return torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*s, generator=generator, dtype=torch.float64).to(device, dtype)
 
     leaves = [normal(experiments, shape[1], *size), normal(experiments, len(index)), normal(experiments, shape[0])]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     options = {"padding": padding, "padding_mode": mode, "upsample": upsample}
     out = sparse_upsample_conv2d(*leaves[:2], pattern, leaves[2], **options)
 
-    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    doubles = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
     flat = torch.zeros(experiments, mask.numel(), dtype=torch.float64)
     weight = flat.scatter(1, index.expand(experiments, -1), doubles[1]).view(experiments, *shape)
     expected = dense(doubles[0], weight, doubles[2], padding, mode, upsample)
     assert out.shape == expected.shape
     gradient = normal(*out.shape)
     got = [out, *torch.autograd.grad(out, leaves, gradient)]
-    want = [expected, *torch.autograd.grad(expected, doubles, gradient.double())]
+    want = [expected, *torch.autograd.grad(expected, doubles, gradient.cpu().double())]
     # The bias's gradient is a plain sum, which may cancel: its error is measured against what is summed.
-    scales = [*(w.norm() for w in want[:3]), gradient.double().abs().sum(dim=(2, 3)).norm()]
+    scales = [*(w.norm() for w in want[:3]), gradient.cpu().double().abs().sum(dim=(2, 3)).norm()]
     for g, w, scale in zip(got, want, scales, strict=True):
         assert g.shape == w.shape
-        assert (g.double() - w).norm() <= TOLERANCE[dtype] * scale + 1e-300
+        assert (g.cpu().double() - w).norm() <= TOLERANCE[dtype] * scale + 1e-300
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7])
@@ -108,6 +109,46 @@ def test_an_image_read_through_a_load(instruction_set, size, upsample):
     got = ops.sparse_upsample_conv2d_backward(gradient, x, values, *parts, load, True, True)
     want = ops.sparse_upsample_conv2d_backward(gradient, loaded, values, *parts, None, True, True)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to run on")
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("upsample", list(UPSAMPLE))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_a_gpu(poisoned, mode, upsample, dtype):
+    given = {"mode": mode, "upsample": upsample, "dtype": dtype, "device": "cuda"}
+    for kernel, size in itertools.product((1, 3, 5), ((3, 4), (9, 23), (33, 65), (64, 64))):
+        assert_equal((5, 3, kernel, kernel), size, **given)
+    # Several steps of channels and of weights; several channels a warp.
+    assert_equal((20, 130, 3, 3), (9, 13), density=0.5, **given)
+    assert_equal((16, 64, 3, 3), (128, 70), **given)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to run on")
+@pytest.mark.parametrize("upsample", list(UPSAMPLE))
+def test_the_same_bits_on_a_gpu_run_for_run_and_beside_other_experiments(upsample):
+    mask, generator = random_mask((16, 40, 3, 3), 0.3)
+    pattern = TapPattern.of(mask.cuda())
+    x, values = (torch.randn(2, *s, generator=generator).cuda() for s in ((40, 65, 70), (len(pattern.tap_order),)))
+
+    def results(x, values):
+        leaves = x.detach().requires_grad_(), values.detach().requires_grad_()
+        out = sparse_upsample_conv2d(*leaves, pattern, padding=1, padding_mode="reflect", upsample=upsample)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    first = results(x, values)
+    for _ in range(5):
+        assert all(map(torch.equal, first, results(x, values)))
+    # A gradient that begins between two pairs of pixels.
+    shifted = torch.empty(first[0].numel() + 1, device="cuda")[1:].view_as(first[0])
+    leaf = values.detach().requires_grad_()
+    out = sparse_upsample_conv2d(x, leaf, pattern, padding=1, padding_mode="reflect", upsample=upsample)
+    assert torch.equal(torch.autograd.grad(out, leaf, shifted.copy_(2 * first[0]))[0], first[2])
+    # How many channels share a block goes by the blocks there are, and must not show.
+    for part, alone in zip(first, results(x[1:], values[1:]), strict=True):
+        assert torch.equal(part[1:], alone)
 
 
 def test_gradcheck_and_opcheck():

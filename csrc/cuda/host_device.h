@@ -10,8 +10,10 @@
 
 #ifdef __CUDA_ARCH__
 #define SPARSE_GEN_UNROLL _Pragma("unroll")
+#define SPARSE_GEN_ROLLED _Pragma("unroll 1")
 #else
 #define SPARSE_GEN_UNROLL
+#define SPARSE_GEN_ROLLED
 #endif
 
 namespace sparse_gen::cuda {

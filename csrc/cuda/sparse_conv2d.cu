@@ -1,5 +1,6 @@
 #include "sparse_conv2d.h"
 
+#include "add_chunks.h"
 #include "launch.h"
 #include "sparse_conv2d_body.h"
 
@@ -34,13 +35,6 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocksAtOnce) weight_gradie
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) add_chunks(const T* partial, int chunks, int kept, long long count, T* to) {
-  const long long i = (long long)blockIdx.x * kThreads + threadIdx.x;
-  if (i >= count) return;
-  to[i] = sum_of_chunks(partial + i / kept * chunks * kept + i % kept, chunks, kept);
-}
-
 template <class Body>
 const char* launch_convolution(const Body& body, void* stream) {
   return launch(convolve<Body>, body.blocks(), kThreads, stream, body);
@@ -71,9 +65,7 @@ const char* backward_values(const ConvShape& s, const ConvPattern& p, const T* g
     if (chunks == 1) body.partial = grad_values;
     const char* error = launch(weight_gradient<decltype(body)>, body.blocks(), kThreads, stream, body);
     if (error || chunks == 1) return error;
-    const long long count = (long long)s.experiments * s.kept;
-    return launch(add_chunks<T>, round_up_quotient(count, (long long)kThreads), kThreads, stream, (const T*)partial,
-                  chunks, s.kept, count, grad_values);
+    return launch_add_chunks<T>(partial, chunks, s.kept, s.experiments, grad_values, stream);
   };
   if (many_pixels(s.out_plane()))
     return launch_body(WeightGradientWarp<T, kManyGradientPixels, Loads>{s, p, grad_out, x, partial});

@@ -2,7 +2,9 @@
 // lie across lanes, and weights are uniform, staged in shared memory with their offsets worked out once for all pixels.
 #pragma once
 
+#include "chunks.h"
 #include "host_device.h"
+#include "image_load.h"
 #include "padded_axis.h"
 #include "sparse_conv2d.h"
 
@@ -21,25 +23,6 @@ constexpr int kTaps = 128;  // staged at once, one a thread
 // For the compiler: 80 registers a thread, and 96 for the weights' gradient, with which nothing spills on sm_80 to sm_90;
 // one block more and some do.
 constexpr int kBlocksAtOnce = 6, kGradientBlocksAtOnce = 5;
-
-// v = factor2 · LeakyReLU(factor · x + shift) + shift2, on every read.
-template <class T>
-struct Load {
-  T factor, shift, slope, factor2, shift2;
-  SPARSE_GEN_HD static Load of(const T* from) {
-    return {read(from), read(from + 1), read(from + 2), read(from + 3), read(from + 4)};
-  }
-  SPARSE_GEN_HD T operator()(T x) const {
-    const T z = x * factor + shift;
-    return (z > 0 ? z : slope * z) * factor2 + shift2;
-  }
-};
-
-template <class T>
-struct NoLoad {
-  SPARSE_GEN_HD static NoLoad of(const T*) { return {}; }
-  SPARSE_GEN_HD T operator()(T x) const { return x; }
-};
 
 template <class T, class Loads = NoLoad<T>>
 struct Taps {
@@ -333,14 +316,6 @@ struct WeightGradientWarp {
   SPARSE_GEN_HD int top(int j, const State& state) const { return pixel(j, state) / s.out_w() * s.stride - s.padding; }
   SPARSE_GEN_HD int left(int j, const State& state) const { return pixel(j, state) % s.out_w() * s.stride - s.padding; }
 };
-
-// The sum of one weight's partial sums, first chunk first; in double, which costs nothing beside the reads.
-template <class T>
-SPARSE_GEN_HD T sum_of_chunks(const T* partial, int chunks, int kept) {
-  double sum = 0;
-  for (int chunk = 0; chunk < chunks; ++chunk) sum += read(partial + (long long)chunk * kept);
-  return (T)sum;
-}
 
 // Pixels a thread: many where there is work for every multiprocessor all the same, since they share the reads of a
 // weight and the sum over a warp. Shapes alone decide: results do not depend on the GPU or on other experiments.
