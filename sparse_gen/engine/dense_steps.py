@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from sparse_gen.engine.graph import Conv
-from sparse_gen.engine.steps import AutogradStep, Loaded, Step, ops
+from sparse_gen.engine.steps import AutogradStep, Loaded, Step, bias_gradient, ops, weight_and_bias
 from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES, upsampled
 from sparse_gen.ops.masked_conv2d import masked_conv2d_backward, masked_conv2d_forward
 from sparse_gen.ops.masked_conv2d_layouts import LAYOUTS, UPSAMPLE
@@ -38,19 +38,18 @@ class MaskedConvStep(Step):
         return self._known[1], (2, 0, 0, 0, False, self._layout)
 
     def forward(self, inputs, parameters, trains):
-        weight, *bias = (parameter[None] for parameter in parameters)
+        weight, bias = weight_and_bias(parameters)
         x = ops.apply_load(*inputs[0]) if isinstance(inputs[0], Loaded) else inputs[0]
         source, arguments = self._source(x)
-        return masked_conv2d_forward(source, weight, bias[0] if bias else None, *arguments), x
+        return masked_conv2d_forward(source, weight, bias, *arguments), x
 
     def backward(self, gradient, kept, parameters, needs):
-        weight, *bias = (parameter[None] for parameter in parameters)
+        weight, *bias = parameters
         # The gradient of a constant input goes through the padding and the pool again.
         source, arguments = (kept.contiguous(), self._arguments) if needs[0] else self._source(kept)
         gradient = gradient.contiguous()
         grad_x, grad_weight = masked_conv2d_backward(gradient, source, weight, *arguments, needs[0], True)
-        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
-        return [grad_x if needs[0] else None], [grad_weight[0], *grad_bias]
+        return [grad_x if needs[0] else None], [grad_weight, *bias_gradient(gradient, bias)]
 
 
 class CornersConvStep(AutogradStep):

@@ -9,18 +9,30 @@ from torch.autograd.function import once_differentiable
 
 from sparse_gen.engine.program import Program
 
+Given = list[dict[int, torch.Tensor]]
+
+
+def in_one_pass(device: torch.device) -> bool:
+    """Whether several experiments of a network run in one pass over all of them, or one after the other.
+
+    On a GPU one launch then serves all; experiments whose masks differ run on the union of their live channels. On the
+    CPU one after the other is faster, as an experiment's values stay in the cache, and no channel of another's is run.
+    """
+    return device.type == "cuda"
+
 
 class NetworkRun:
-    """Runs each experiment by its own program.
+    """Runs each experiment by its own program, or all by one.
 
     Args:
         programs: one an experiment, or one for all.
         size: (C, H, W) of the inputs that can run.
+        one_pass: whether the one program takes all experiments in one pass.
     """
 
-    def __init__(self, programs: list[Program], size: torch.Size):
-        self.programs, self._size = programs, size
-        self._prepared: tuple[weakref.ref, int, list[dict[int, torch.Tensor]]] | None = None
+    def __init__(self, programs: list[Program], size: torch.Size, one_pass: bool = False):
+        self.programs, self._size, self._one_pass = programs, size, one_pass
+        self._prepared: tuple[weakref.ref, int, int, Given] | None = None
 
     def takes(self, z: torch.Tensor) -> bool:
         """Whether z has the size that was captured."""
@@ -32,59 +44,61 @@ class NetworkRun:
             return _Run.apply(values, z, self, self._given(z, len(values)))
         with torch.no_grad():
             given = self._given(z, len(values))
-            return _joined([self.program(e).forward(values[e], given[e], None) for e in range(len(values))])
+            return _joined([p.forward(own, g, None) for p, own, g in self.parts(values, given)])
+
+    def parts(self, values: torch.Tensor, given: Given) -> list[tuple[Program, torch.Tensor, dict]]:
+        """What runs one after the other: a program, its rows of the values, and what it is given."""
+        rows = [values] if len(given) == 1 else values.split(1)
+        return [(self.program(e), own, g) for e, (own, g) in enumerate(zip(rows, given, strict=True))]
 
     def program(self, experiment: int) -> Program:
         return self.programs[experiment if len(self.programs) > 1 else 0]
 
-    def _given(self, z: torch.Tensor, experiments: int) -> list[dict[int, torch.Tensor]]:
+    def _given(self, z: torch.Tensor, experiments: int) -> Given:
         """What depends on z alone, kept as long as the same unchanged z comes again and needs no gradient."""
         if self._prepared is not None:
-            known, version, given = self._prepared
-            if known() is z and z._version == version and not z.requires_grad and len(given) == experiments:
+            known, version, number, given = self._prepared
+            if known() is z and z._version == version and not z.requires_grad and number == experiments:
                 return given
-        detached = z.detach()
-        given = []
-        for e in range(experiments):
-            shared = e > 0 and len(z) == 1 and len(self.programs) == 1
-            own = detached[e : e + 1] if len(z) > 1 else detached
-            given.append(given[0] if shared else self.program(e).prepare(own, alone=z.requires_grad))
-        self._prepared = None if z.requires_grad else (weakref.ref(z), z._version, given)
+        detached, alone = z.detach(), z.requires_grad
+        if self._one_pass or experiments == 1:
+            given = [self.programs[0].prepare(detached, experiments, alone=alone)]
+        elif len(z) == 1 and len(self.programs) == 1:
+            given = [self.programs[0].prepare(detached, 1, alone=alone)] * experiments
+        else:
+            each = detached.split(1) if len(z) > 1 else [detached] * experiments
+            given = [self.program(e).prepare(own, 1, alone=alone) for e, own in enumerate(each)]
+        self._prepared = None if z.requires_grad else (weakref.ref(z), z._version, experiments, given)
         return given
 
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, z, run: NetworkRun, given):
-        tapes: list[list] = [[] for _ in given]
+    def forward(ctx, values, z, run: NetworkRun, given: Given):
         values = values.detach()
-        outputs = [run.program(e).forward(values[e], given[e], tapes[e]) for e in range(len(values))]
-        ctx.run, ctx.given, ctx.tapes, ctx.values, ctx.shared_z = run, given, tapes, values, len(z) == 1
-        return _joined(outputs)
+        ctx.parts = [(*part, []) for part in run.parts(values, given)]
+        ctx.shared_z = len(z) == 1 and len(values) > 1
+        return _joined([program.forward(own, g, tape) for program, own, g, tape in ctx.parts])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        if ctx.tapes is None:
+        if ctx.parts is None:
             raise RuntimeError("expected one backward pass an output, got a second, run forward again")
         needs_values, needs_z = ctx.needs_input_grad[:2]
-        tapes, ctx.tapes = ctx.tapes, None
+        parts, ctx.parts = ctx.parts, None
+        gradients = [grad_output] if len(parts) == 1 else grad_output.split(1)
         grads, grads_z = [], []
-        for e, tape in enumerate(tapes):
-            program = ctx.run.program(e)
-            gradient = grad_output[e : e + 1]
-            grad, grad_z = program.backward(gradient, ctx.values[e], tape, ctx.given[e], needs_z)
+        for (program, own, given, tape), gradient in zip(parts, gradients, strict=True):
+            grad, grad_z = program.backward(gradient, own, tape, given, needs_z)
             grads.append(grad)
             grads_z.append(grad_z)
-        grad_values = _stacked(grads) if needs_values else None
+        grad_values = _joined(grads) if needs_values else None
         if not needs_z:
             return grad_values, None, None, None
-        return grad_values, sum(grads_z) if ctx.shared_z else torch.cat(grads_z), None, None
+        grad_z = _joined(grads_z)
+        return grad_values, grad_z.sum(dim=0, keepdim=True) if ctx.shared_z else grad_z, None, None
 
 
-def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:
-    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
-
-
-def _joined(outputs: list[torch.Tensor]) -> torch.Tensor:
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
