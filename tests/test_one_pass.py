@@ -17,11 +17,34 @@ SEEDS = [5, 6, 7]
 
 @pytest.fixture
 def one_pass(monkeypatch):
-    monkeypatch.setattr(import_module("sparse_gen.engine.compile"), "in_one_pass", lambda device: True)
+    monkeypatch.setattr(import_module("sparse_gen.engine.compile"), "in_one_pass", lambda *_: True)
 
 
-def test_only_a_gpu_takes_them_in_one_pass():
-    assert in_one_pass(torch.device("cuda", 0)) and not in_one_pass(torch.device("cpu"))
+def test_only_a_gpu_takes_several_masks_in_one_pass():
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert in_one_pass(gpu, 1) and in_one_pass(gpu, 3) and in_one_pass(cpu, 1) and not in_one_pass(cpu, 3)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.8])
+@pytest.mark.parametrize("upsample", ["nearest", "bilinear"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_mask_of_all_leaves_each_the_bits_it_has_alone(density, upsample, threads):
+    nets = [small_net(seed=seed, upsample=upsample, skip_channels=2) for seed in range(3)]
+    mask, z = scattered_mask(nets[0], density), sg.noise_input(6, (67, 90), seed=SEEDS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fast = sg.compile(sg.stack(nets), mask, z, weights="net", plan="rule")
+        output = fast(z)
+        output.square().sum().backward()
+        for e, net in enumerate(nets):
+            single = sg.compile(net, mask, z[e : e + 1], weights="net", plan="rule")
+            own = single(z[e : e + 1])
+            own.square().sum().backward()
+            assert torch.equal(output[e], own[0])
+            assert torch.equal(fast.values.grad[e], single.values.grad[0])
+    finally:
+        torch.set_num_threads(before)
 
 
 def masks_of(densities, net):

@@ -251,7 +251,7 @@ def build_run(
         if isinstance(plan, Plan):
             check_replayed(plan, made, plain=reason)
         return None, made
-    one_pass = in_one_pass(z.device)
+    one_pass = in_one_pass(z.device, len(keep))
     # In one pass experiments run what any of them keeps; their plan is one of a mask that keeps all of that.
     rows = [keep] if one_pass else list(keep)
     if one_pass and len(keep) > 1:
