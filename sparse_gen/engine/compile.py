@@ -108,15 +108,17 @@ class CompiledGenerator(nn.Module):
         dense = zeros.scatter(1, self._index.expand(self.experiments, -1), self.values)
         return self._layout.views(dense[:, :-1])
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, *, changes: bool = False) -> torch.Tensor:
         """(E or 1, C, H, W) to (E, …); each experiment is normalised by its own statistics.
 
-        The sparse operators were prepared for the example input's size; another size runs as plain PyTorch.
+        The sparse operators were prepared for the example input's size; another size runs as plain PyTorch. What
+        depends on z alone is kept for the next call, unless z needs a gradient or `changes` says that it will be
+        another one.
         """
         if z.ndim != 4 or len(z) not in (1, self.experiments):
             raise ValueError(f"expected z with {self.experiments} experiments (or 1 for all), got {tuple(z.shape)}")
         if self._sparse_run is not None and self._sparse_run.takes(z):
-            return self._sparse_run(self.values, z)
+            return self._sparse_run(self.values, z, changes=changes)
         return run_experiments(self._modules_outside[1], self._dense(), z)
 
     @torch.no_grad()

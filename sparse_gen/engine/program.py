@@ -70,6 +70,7 @@ class Program:
             stage.step.constant_input = self._static.issuperset(stage.inputs)
             stage.step.owns_input = self._alone(stage)
         self._last_reader = self._last_readers()
+        self._of_changing: Program | None = None
         self._of_z = self._selection(torch.arange(graph.input_shape[0]), self.compaction.channels[0])
         self._live_of_z = self.compaction.channels[0].to(self._device)
 
@@ -146,6 +147,14 @@ class Program:
         """What reaches the output by an experiment's own mask; the others have zeros there, of which nothing learns."""
         none = torch.zeros_like(getattr(self.compaction, kind)[value])
         return torch.stack([getattr(own, kind).get(value, none) for own in self._own])
+
+    def of_changing_z(self) -> Program:
+        """The same for a z that is another at every call, of which nothing that is made needs to be kept."""
+        if self._of_changing is None:
+            self._of_changing, steps = self.with_steps(copy)
+            for step in steps.values():
+                step.constant_input = False
+        return self._of_changing
 
     def with_steps(self, wrap: Callable[[Step], Step]) -> tuple[Program, dict[int, Step]]:
         """The same program with every step replaced by `wrap(step)`, and these by value."""

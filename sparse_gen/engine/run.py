@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from sparse_gen.engine.program import Program
 
 Given = list[dict[int, torch.Tensor]]
+# What runs one after the other: a program, its rows of the values, and what depends on its z alone.
+Part = tuple[Program, torch.Tensor, dict[int, torch.Tensor]]
 
 
 def in_one_pass(device: torch.device, masks: int) -> bool:
@@ -43,27 +45,31 @@ class NetworkRun:
         """Whether z has the size that was captured."""
         return z.shape[1:] == self._size
 
-    def __call__(self, values: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """(E, kept) and (E or 1, C, H, W) to (E, …)."""
-        if torch.is_grad_enabled() and (values.requires_grad or z.requires_grad):
-            return _Run.apply(values, z, self, self._given(z, len(values)))
+    def __call__(self, values: torch.Tensor, z: torch.Tensor, *, changes: bool = False) -> torch.Tensor:
+        """(E, kept) and (E or 1, C, H, W) to (E, …); `changes` says that z is another one at every call."""
         with torch.no_grad():
-            given = self._given(z, len(values))
-            return _joined([p.forward(own, g, None) for p, own, g in self.parts(values, given)])
+            parts = self._parts(values, z, changes or z.requires_grad)
+        if torch.is_grad_enabled() and (values.requires_grad or z.requires_grad):
+            return _Run.apply(values, z, parts)
+        with torch.no_grad():
+            return _joined([program.forward(own, given, None) for program, own, given in parts])
 
-    def parts(self, values: torch.Tensor, given: Given) -> list[tuple[Program, torch.Tensor, dict]]:
-        """What runs one after the other: a program, its rows of the values, and what it is given."""
-        rows = [values] if len(given) == 1 else values.split(1)
-        return [(self.program(e), own, g) for e, (own, g) in enumerate(zip(rows, given, strict=True))]
+    def _parts(self, values: torch.Tensor, z: torch.Tensor, changes: bool) -> list[Part]:
+        given = self._given(z, len(values), changes)
+        rows = [values.detach()] if len(given) == 1 else values.detach().split(1)
+        programs = [self.program(e) for e in range(len(rows))]
+        if changes:
+            programs = [program.of_changing_z() for program in programs]
+        return list(zip(programs, rows, given, strict=True))
 
     def program(self, experiment: int) -> Program:
         return self.programs[experiment if len(self.programs) > 1 else 0]
 
-    def _given(self, z: torch.Tensor, experiments: int) -> Given:
-        """What depends on z alone, kept as long as the same unchanged z comes again and needs no gradient."""
+    def _given(self, z: torch.Tensor, experiments: int, changes: bool) -> Given:
+        """What depends on z alone, kept as long as the same unchanged z comes again, unless it `changes` anyway."""
         if self._prepared is not None:
             known, version, number, given = self._prepared
-            if known() is z and z._version == version and not z.requires_grad and number == experiments:
+            if known() is z and z._version == version and not changes and number == experiments:
                 return given
         detached, alone = z.detach(), z.requires_grad
         if self._one_pass or experiments == 1:
@@ -73,15 +79,14 @@ class NetworkRun:
         else:
             each = detached.split(1) if len(z) > 1 else [detached] * experiments
             given = [self.program(e).prepare(own, 1, alone=alone) for e, own in enumerate(each)]
-        self._prepared = None if z.requires_grad else (weakref.ref(z), z._version, experiments, given)
+        self._prepared = None if changes else (weakref.ref(z), z._version, experiments, given)
         return given
 
 
 class _Run(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, z, run: NetworkRun, given: Given):
-        values = values.detach()
-        ctx.parts = [(*part, []) for part in run.parts(values, given)]
+    def forward(ctx, values, z, parts: list[Part]):
+        ctx.parts = [(*part, []) for part in parts]
         ctx.shared_z = len(z) == 1 and len(values) > 1
         return _joined([program.forward(own, g, tape) for program, own, g, tape in ctx.parts])
 
@@ -100,9 +105,9 @@ class _Run(torch.autograd.Function):
             grads_z.append(grad_z)
         grad_values = _joined(grads) if needs_values else None
         if not needs_z:
-            return grad_values, None, None, None
+            return grad_values, None, None
         grad_z = _joined(grads_z)
-        return grad_values, grad_z.sum(dim=0, keepdim=True) if ctx.shared_z else grad_z, None, None
+        return grad_values, grad_z.sum(dim=0, keepdim=True) if ctx.shared_z else grad_z, None
 
 
 def _joined(rows: list[torch.Tensor]) -> torch.Tensor:

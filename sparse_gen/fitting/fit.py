@@ -121,7 +121,7 @@ def fit(
     _check(module, z, y, clean, pixel_weight, steps, every, lr, average, input_jitter, tv_weight, langevin, rings)
     compiled = isinstance(module, CompiledGenerator)
     # oneDNN and cuDNN convolve without reordering where the channels come last.
-    z = z.contiguous(memory_format=module.memory_format if compiled else torch.channels_last)
+    z = z.detach().contiguous(memory_format=module.memory_format if compiled else torch.channels_last)
     seeds = seed_tensor(seed, z.device)
     optimiser = Optimiser(module, lr, langevin, seeds)
     history, mean_output, stopped_at = History(), None, None
