@@ -27,6 +27,8 @@ class MaskedConvStep(Step):
         self._conv, self._layout = conv, LAYOUTS.index(layout)
         mode, scale = PADDING_MODES.index(conv.padding_mode), UPSAMPLE.index(conv.upsample)
         self._arguments = (conv.stride, conv.padding, mode, scale, conv.pool, self._layout)
+        # What the others make of the gradient would be made on both sides.
+        self.splits = layout == "direct"
         self._known: tuple[weakref.ref, torch.Tensor] | None = None
 
     def _source(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple]:
@@ -50,6 +52,10 @@ class MaskedConvStep(Step):
         gradient = gradient.contiguous()
         grad_x, grad_weight = masked_conv2d_backward(gradient, source, weight, *arguments, needs[0], True)
         return [grad_x if needs[0] else None], [grad_weight, *bias_gradient(gradient, bias)]
+
+    def input_gradient(self, gradient, kept, parameters):
+        arguments = (gradient, kept.contiguous(), parameters[0], *self._arguments, True, False)
+        return masked_conv2d_backward(*arguments)[0]
 
 
 class CornersConvStep(AutogradStep):

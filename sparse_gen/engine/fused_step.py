@@ -11,7 +11,7 @@ from sparse_gen.ops.masked_conv2d_layouts import UPSAMPLE
 class FusedConvStep(Step):
     """`masked_conv2d` as the GPU's kernel has it: nothing that an index can express is written to memory."""
 
-    reads_loads = True
+    reads_loads = splits = True
 
     def __init__(self, conv: Conv):
         mode, scale = PADDING_MODES.index(conv.padding_mode), UPSAMPLE.index(conv.upsample)
@@ -29,3 +29,7 @@ class FusedConvStep(Step):
         arguments = (gradient, kept.x, weight, *self._arguments, kept.load, needs[0], True)
         grad_x, grad_weight = ops.masked_conv2d_loaded_backward(*arguments)
         return [grad_x if needs[0] else None], [grad_weight, *bias_gradient(gradient, bias)]
+
+    def input_gradient(self, gradient, kept, parameters):
+        arguments = (gradient, kept.x, parameters[0], *self._arguments, None, True, False)
+        return ops.masked_conv2d_loaded_backward(*arguments)[0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sparse_gen.engine.branches import Branch
 from sparse_gen.engine.compact import Compaction, compact, united
 from sparse_gen.engine.graph import Call, Concat, Conv, Graph, Norm, Select
 from sparse_gen.engine.layout import ParameterLayout
@@ -213,9 +214,18 @@ class Program:
         return known[self._stages[-1].value]
 
     def backward(
-        self, gradient: torch.Tensor, values: torch.Tensor, tape: list, given: dict[int, torch.Tensor], needs_z: bool
+        self,
+        gradient: torch.Tensor,
+        values: torch.Tensor,
+        tape: list,
+        given: dict[int, torch.Tensor],
+        needs_z: bool,
+        branch: Branch | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradients of the kept values and, if asked for, of z; empties the tape."""
+        """The gradients of the kept values and, if asked for, of z; empties the tape.
+
+        The gradients of weights are computed on `branch`, if there is one, beside those that others wait for.
+        """
         gradients: dict[int, torch.Tensor] = {self._stages[-1].value: gradient}
         parameter_gradients: list[torch.Tensor | None] = [None] * self._slots.count
         while tape:
@@ -223,7 +233,7 @@ class Program:
             if stage.value not in gradients:
                 continue
             needs = [needs_z or x not in self._static for x in stage.inputs]
-            grad_inputs, grad_own = stage.step.backward(gradients.pop(stage.value), kept, own, needs)
+            grad_inputs, grad_own = _gradients(stage.step, gradients.pop(stage.value), kept, own, needs, branch)
             del kept
             for slot, grad in zip(stage.slots, grad_own, strict=True):
                 parameter_gradients[slot] = grad
@@ -234,12 +244,23 @@ class Program:
                     whole = grad.new_zeros(len(grad), self.compaction.live(x), *grad.shape[2:])
                     grad = whole.index_copy_(1, selection, grad)
                 gradients[x] = gradients[x] + grad if x in gradients else grad
+        if branch is not None:
+            branch.join()
         grad_z = None
         if needs_z:
             grad_z = values.new_zeros(len(values), *self.graph.input_shape)
             if 0 in gradients:
                 grad_z.index_copy_(1, self._live_of_z, gradients[0])
         return self._slots.of(len(values)).write(parameter_gradients, values), grad_z
+
+
+def _gradients(step: Step, gradient: torch.Tensor, kept, own, needs: list[bool], branch: Branch | None):
+    """`Step.backward`, where it can be on both sides of a fork."""
+    if branch is None or not step.splits or not needs[0]:
+        return step.backward(gradient, kept, own, needs)
+    gradient = gradient.contiguous()
+    grad_own = branch.run(lambda: step.backward(gradient, kept, own, [False])[1], (gradient, kept, own))
+    return [step.input_gradient(gradient, kept, own)], grad_own
 
 
 def _leave_norms_to_readers(stages: list[_Stage]) -> list[_Stage]:

@@ -7,6 +7,7 @@ import weakref
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparse_gen.engine.branches import Branch, branching
 from sparse_gen.engine.program import Program
 
 Given = list[dict[int, torch.Tensor]]
@@ -86,7 +87,7 @@ class NetworkRun:
 class _Run(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, z, parts: list[Part]):
-        ctx.parts = [(*part, []) for part in parts]
+        ctx.parts, ctx.streams = [(*part, []) for part in parts], branching()
         ctx.shared_z = len(z) == 1 and len(values) > 1
         return _joined([program.forward(own, g, tape) for program, own, g, tape in ctx.parts])
 
@@ -100,7 +101,8 @@ class _Run(torch.autograd.Function):
         gradients = [grad_output] if len(parts) == 1 else grad_output.split(1)
         grads, grads_z = [], []
         for (program, own, given, tape), gradient in zip(parts, gradients, strict=True):
-            grad, grad_z = program.backward(gradient, own, tape, given, needs_z)
+            branch = None if ctx.streams is None else Branch(ctx.streams)
+            grad, grad_z = program.backward(gradient, own, tape, given, needs_z, branch)
             grads.append(grad)
             grads_z.append(grad_z)
         grad_values = _joined(grads) if needs_values else None

@@ -41,8 +41,10 @@ class Step:
         reads_loads: whether an input may be `Loaded`; its gradient is then that of what a reader sees.
         constant_input: whether the input is the same at every step, so that what is made of it can be kept.
         owns_input: whether nobody else reads the input, so that the backward may write over it.
+        splits: whether the gradient of its one input can be had by itself, from `input_gradient`, at no more cost.
     """
 
+    splits = False
     reads_loads = False
     constant_input = False
     owns_input = False
@@ -55,6 +57,10 @@ class Step:
     ) -> tuple[Gradients, Gradients]:
         raise NotImplementedError
 
+    def input_gradient(self, gradient: torch.Tensor, kept: Any, parameters: Tensors) -> torch.Tensor:
+        """The first of what `backward` gives, for a contiguous gradient."""
+        raise NotImplementedError
+
 
 def weight_and_bias(parameters: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A convolution's parameters, (E, …) and (E, out) or None."""
@@ -65,6 +71,17 @@ def weight_and_bias(parameters: Tensors) -> tuple[torch.Tensor, torch.Tensor | N
 def bias_gradient(gradient: torch.Tensor, bias: Tensors) -> Tensors:
     """That of a convolution's bias, (E, out), where it has one."""
     return [gradient.sum(dim=(2, 3))] if bias else []
+
+
+def image(given: torch.Tensor | Loaded) -> torch.Tensor:
+    """What a load is for, without it: a gradient is that of what is read through it."""
+    return given.x if isinstance(given, Loaded) else given.contiguous()
+
+
+def pooled_shape(given: torch.Tensor | Loaded, padding: int) -> torch.Tensor:
+    """A tensor of the shape of `pooled_means`, for a gradient that depends on the shape alone."""
+    x = image(given)
+    return x.new_empty(*x.shape[:2], *(length + 2 * padding - 1 for length in x.shape[2:]))
 
 
 class AutogradStep(Step):
@@ -210,7 +227,7 @@ class NormHeadStep(Step):
 class SparseConvStep(Step):
     """`sparse_conv2d`; a 2×2 pool behind it becomes stride 2 on the 2×2 means of the padded input."""
 
-    reads_loads = True
+    reads_loads = splits = True
 
     def __init__(self, conv: Conv, mask: torch.Tensor):
         stride = 2 if conv.pool else conv.stride
@@ -262,6 +279,11 @@ class SparseConvStep(Step):
             grad_x = ops.pooled_means_backward(grad_x, *self._padding)
         return [grad_x if needs[0] else None], [grad_values, *grad_bias]
 
+    def input_gradient(self, gradient, kept, parameters):
+        x = pooled_shape(kept, self._padding[0]) if self._pool else image(kept)
+        grad_x, _ = ops.sparse_conv2d_backward(gradient, x, parameters[0], *self._arguments, None, True, False)
+        return ops.pooled_means_backward(grad_x, *self._padding) if self._pool else grad_x
+
 
 class _OverPhases:
     """A convolution of an image that stays the same: on its phases, which are kept in its place."""
@@ -281,7 +303,7 @@ def _arguments(pattern: SparsePattern, padding: int, mode: int) -> tuple:
 class TapConvStep(Step):
     """`sparse_upsample_conv2d`: every tap on the small image."""
 
-    reads_loads = True
+    reads_loads = splits = True
 
     def __init__(self, conv: Conv, mask: torch.Tensor):
         taps = TapPattern.of(mask)
@@ -303,6 +325,10 @@ class TapConvStep(Step):
         arguments = (gradient, kept.x, values, *self._pattern, kept.load, needs[0], True)
         grad_x, grad_values = ops.sparse_upsample_conv2d_backward(*arguments)
         return [grad_x if needs[0] else None], [grad_values, *bias_gradient(gradient, bias)]
+
+    def input_gradient(self, gradient, kept, parameters):
+        arguments = (gradient, kept.x, parameters[0], *self._pattern, None, True, False)
+        return ops.sparse_upsample_conv2d_backward(*arguments)[0]
 
 
 class UpsampledSparseConvStep(Step):
