@@ -205,6 +205,7 @@ _ADVICE = {
     "threads": "call torch.set_num_threads (command line: --threads)",
     "instruction_set": "resume on a machine like the one that began it",
     "torch": "resume with the version that began it",
+    "gpu": "resume on the card that began it",
 }
 
 

@@ -121,3 +121,27 @@ def test_threads_and_machine_are_stored(tmp_path, settings):
         machine = stored[stage]["machine"]
         assert (machine["threads"], machine["torch"]) == (1, torch.__version__)
         assert machine["instruction_set"] == status().instruction_set
+
+
+def test_plans_of_another_gpu_are_refused(tmp_path, settings, monkeypatch):
+    """Whatever its instruction set: another card has other fastest layouts, and other bits."""
+    denoise(settings, tmp_path / "first")
+    path = tmp_path / "first" / "plan.json"
+    stored = json.loads(path.read_text())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card A")
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+
+    def names(name):
+        for stage in ("search", "fit"):
+            stored[stage]["machine"]["gpu"] = name
+        path.write_text(json.dumps(stored))
+
+    with pytest.raises(ValueError, match=r"plan: expected a run of this machine's Card A, got .* of one with CPU, rem"):
+        read_plans(path, gpu)
+    names("Card B")
+    with pytest.raises(ValueError, match=r"machine's Card A, got .* of one with Card B, remove it to measure anew"):
+        read_plans(path, gpu)
+    with pytest.raises(ValueError, match=r"machine's CPU, got .* of one with Card B"):
+        read_plans(path, cpu)
+    names("Card A")
+    assert read_plans(path, gpu).keys() == read_plans(path).keys() == {"search", "fit"}

@@ -42,11 +42,11 @@ def test_output_and_gradients(kind, size, dtype, leaves_load):
     # A mean well above the spread, where a variance from E[x²] − m² would cancel.
     x, gamma, beta, gradient = 3 + normal(1, 3, *size), normal(3), normal(3), normal(1, 3, *size)
     step = UpsampledNormStep(Norm("gamma", "beta", 1e-5, 1.0, kind), leaves_load)
-    y, kept = step.forward([x], [gamma, beta], True)
+    y, kept = step.forward([x], [gamma[None], beta[None]], True)
     assert isinstance(y, Loaded) == leaves_load
     if leaves_load:
         y = torch.ops.sparse_gen.apply_load(*y)
-    grads, own = step.backward(gradient, kept, [gamma, beta], [True])
+    grads, own = step.backward(gradient, kept, [gamma[None], beta[None]], [True])
 
     # The reference's small image is what up-samples to torch's normalised large one.
     leaves = [tensor.double().requires_grad_() for tensor in (x, gamma, beta)]
@@ -59,7 +59,7 @@ def test_output_and_gradients(kind, size, dtype, leaves_load):
     # Where a gradient cancels, as that of a single pixel does, its error is measured against what is summed.
     scales = [small.norm(), (leaves[1].abs().max() / (variance.min() + 1e-5).sqrt()) * gradient.double().norm()]
     scales += [(gradient.double() * (small - leaves[2][:, None, None])).abs().sum() + gradient.double().abs().sum()] * 2
-    for got, want, scale in zip([y, *grads, *own], expected, scales, strict=True):
+    for got, want, scale in zip([y, *grads, *(grad[0] for grad in own)], expected, scales, strict=True):
         assert got.shape == want.shape
         assert (got.double() - want).norm() <= TOLERANCE[dtype] * scale
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparse_gen.engine.graph import Conv
-from sparse_gen.engine.steps import Loaded, Step, ops
+from sparse_gen.engine.steps import Loaded, Step, bias_gradient, image, ops, pooled_shape, weight_and_bias
 from sparse_gen.ops.block_sparse_conv2d import BlockPattern
 from sparse_gen.ops.convolution import PADDING_MODES
 
@@ -26,7 +26,7 @@ def block_of(mask: torch.Tensor) -> tuple[int, int] | None:
 class BlockConvStep(Step):
     """`block_sparse_conv2d`; a 2×2 pool behind it becomes stride 2 on the 2×2 means of the padded input."""
 
-    reads_loads = True
+    reads_loads = splits = True
 
     def __init__(self, conv: Conv, mask: torch.Tensor):
         stride = 2 if conv.pool else conv.stride
@@ -44,16 +44,20 @@ class BlockConvStep(Step):
         return x if load is None else ops.apply_load(x, load)
 
     def forward(self, inputs, parameters, trains):
-        values, *bias = (parameter[None] for parameter in parameters)
-        y = ops.block_sparse_conv2d(self._source(inputs[0]), values, bias[0] if bias else None, *self._pattern)
+        values, bias = weight_and_bias(parameters)
+        y = ops.block_sparse_conv2d(self._source(inputs[0]), values, bias, *self._pattern)
         return y, inputs[0]
 
     def backward(self, gradient, kept, parameters, needs):
-        values, *bias = (parameter[None] for parameter in parameters)
+        values, *bias = parameters
         gradient = gradient.contiguous()
         arguments = (gradient, self._source(kept), values, *self._pattern, needs[0], True)
         grad_x, grad_values = ops.block_sparse_conv2d_backward(*arguments)
         if needs[0] and self._pool:
             grad_x = ops.pooled_means_backward(grad_x, *self._padding)
-        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
-        return [grad_x if needs[0] else None], [grad_values[0], *grad_bias]
+        return [grad_x if needs[0] else None], [grad_values, *bias_gradient(gradient, bias)]
+
+    def input_gradient(self, gradient, kept, parameters):
+        x = pooled_shape(kept, self._padding[0]) if self._pool else image(kept)
+        grad_x, _ = ops.block_sparse_conv2d_backward(gradient, x, parameters[0], *self._pattern, True, False)
+        return ops.pooled_means_backward(grad_x, *self._padding) if self._pool else grad_x

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from sparse_gen.engine.branches import parallel_branches, side_streams
+
 Body = Callable[[], None]
 
 # Steps that run call by call before one is captured: libraries choose their kernels, Triton compiles, and buffers that
@@ -36,12 +38,13 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
+        self._branches = side_streams(device)
 
     def warm_up(self, body: Body) -> None:
         # On the stream of the capture, since autograd remembers where a parameter's gradient was first added up.
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), parallel_branches(self._branches):
             body()
         current.wait_stream(self._stream)
 
@@ -50,7 +53,8 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         try:
             # A sweep's worker has a second thread; what that one does is no concern of the capture.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            capturing = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+            with capturing, parallel_branches(self._branches):
                 body()
         except BaseException:
             # Where ending the capture fails as well, torch leaves its stream the current one.

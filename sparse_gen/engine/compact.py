@@ -9,6 +9,7 @@ that a convolution without a normalisation behind it reads.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,23 @@ def compact(graph: Graph, keep: dict[str, torch.Tensor]) -> Compaction:
             _need_through(node, wanted, needed)
             _need_through(node, sized, sizing)
     return Compaction([(n | s).nonzero()[:, 0] for n, s in zip(needed, sizing, strict=True)], weights, biases)
+
+
+def united(compactions: list[Compaction]) -> Compaction:
+    """What is left in any of several experiments on one graph."""
+    if len(compactions) == 1:
+        return compactions[0]
+    channels = [torch.cat(own).unique() for own in zip(*(c.channels for c in compactions), strict=True)]
+    return Compaction(channels, _any(c.weights for c in compactions), _any(c.biases for c in compactions))
+
+
+def _any(kept: Iterable[dict[int, torch.Tensor]]) -> dict[int, torch.Tensor]:
+    """Of the masks by value, which each may lack."""
+    found: dict[int, torch.Tensor] = {}
+    for own in kept:
+        for value, mask in own.items():
+            found[value] = found[value] | mask if value in found else mask
+    return found
 
 
 def _channels(graph: Graph, value: int) -> int:

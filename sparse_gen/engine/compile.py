@@ -9,7 +9,9 @@ from math import prod
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.rnn import pad_sequence
 
 from sparse_gen.engine.checks import check_input
 from sparse_gen.engine.count import Count, count_step
@@ -23,7 +25,7 @@ from sparse_gen.engine.plan import Plan, Stage, engine_stages, others_of, refere
 from sparse_gen.engine.profile import profile
 from sparse_gen.engine.program import Choose, Program
 from sparse_gen.engine.replay import Replay, check_replayed
-from sparse_gen.engine.run import NetworkRun
+from sparse_gen.engine.run import NetworkRun, in_one_pass
 from sparse_gen.engine.stack import Stack, initial_weights, template
 from sparse_gen.ops.extension import status
 
@@ -34,7 +36,8 @@ class CompiledGenerator(nn.Module):
     """What `compile` returns: the outputs and gradients of the masked network, kept weights as parameters.
 
     Attributes:
-        values: the kept weights, (E, kept), the only parameter.
+        values: the kept weights, (E, kept), the only parameter; where experiments keep different numbers, those behind
+            an experiment's last one are 0, play no part and stay 0.
         plan: what runs how.
     """
 
@@ -69,7 +72,8 @@ class CompiledGenerator(nn.Module):
         """Which of `values` belong to a weight with kernel dimensions: bool, broadcastable to (E, kept)."""
         sizes = [prod(shape) for shape in self._layout.shapes.values()]
         kernels = torch.tensor([len(shape) == 4 for shape in self._layout.shapes.values()])
-        return kernels.repeat_interleave(torch.tensor(sizes)).to(self._index.device)[self._index]
+        entries = kernels.repeat_interleave(torch.tensor(sizes)).to(self._index.device)
+        return torch.cat([entries, entries.new_zeros(1)])[self._index]
 
     def profile(self, z: torch.Tensor | None = None, rounds: int = 5) -> Plan:
         """The plan with the milliseconds of every stage, forward and backward, measured in whole steps.
@@ -86,7 +90,7 @@ class CompiledGenerator(nn.Module):
             raise ValueError(f"expected a network that runs in stages to profile, got one of which {self.plan.reason}")
         if not self._sparse_run.takes(z):
             raise ValueError(f"expected z of the size it was compiled for, got {tuple(z.shape)}")
-        return profile(self.plan, self._sparse_run.programs[0], self.values.detach()[0], z[:1], rounds)
+        return profile(self.plan, self._sparse_run.programs[0], self.values.detach()[:1], z[:1], rounds)
 
     def count(self) -> Count:
         """The kernels that a step of one experiment starts on a GPU, forward and backward, and the bytes they move.
@@ -96,21 +100,25 @@ class CompiledGenerator(nn.Module):
         """
         if self._sparse_run is None:
             raise ValueError(f"expected a network that runs in stages to count, got one of which {self.plan.reason}")
-        return count_step(self._sparse_run.programs[0], self.values[0], self._example_input[:1])
+        return count_step(self._sparse_run.programs[0], self.values[:1], self._example_input[:1])
 
     def _dense(self) -> dict[str, torch.Tensor]:
-        zeros = self.values.new_zeros(self.experiments, self._layout.numel)
-        return self._layout.views(zeros.scatter(1, self._index.expand(self.experiments, -1), self.values))
+        # One more, for what fills up the rows of experiments that keep fewer.
+        zeros = self.values.new_zeros(self.experiments, self._layout.numel + 1)
+        dense = zeros.scatter(1, self._index.expand(self.experiments, -1), self.values)
+        return self._layout.views(dense[:, :-1])
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
+    def forward(self, z: torch.Tensor, *, changes: bool = False) -> torch.Tensor:
         """(E or 1, C, H, W) to (E, …); each experiment is normalised by its own statistics.
 
-        The sparse operators were prepared for the example input's size; another size runs as plain PyTorch.
+        The sparse operators were prepared for the example input's size; another size runs as plain PyTorch. What
+        depends on z alone is kept for the next call, unless z needs a gradient or `changes` says that it will be
+        another one.
         """
         if z.ndim != 4 or len(z) not in (1, self.experiments):
             raise ValueError(f"expected z with {self.experiments} experiments (or 1 for all), got {tuple(z.shape)}")
         if self._sparse_run is not None and self._sparse_run.takes(z):
-            return self._sparse_run(self.values, z)
+            return self._sparse_run(self.values, z, changes=changes)
         return run_experiments(self._modules_outside[1], self._dense(), z)
 
     @torch.no_grad()
@@ -170,12 +178,13 @@ def compile(
             saved: exactly that.
 
     Returns:
-        `CompiledGenerator`, whose `parameters()` are the kept values, (E, kept).
+        `CompiledGenerator`, whose `parameters()` are the kept values, (E, kept); experiments that keep fewer than the
+        most have zeros behind theirs.
 
     Raises:
         ValueError: the mask belongs to another network (both shapes are listed), it holds an initialisation other
-            than the network's and `weights` does not say which to take, experiments keep different numbers of
-            weights, or a normalisation layer is in evaluation mode; or the plan is of another network, mask or size.
+            than the network's and `weights` does not say which to take, or a normalisation layer is in evaluation
+            mode; or the plan is of another network, mask or size.
         OSError: the plan's file cannot be read.
 
     Ghosh et al., "Optimal Eye Surgeon" (ICML 2024), section 3.2: (mask, θ_in) is trained, not the mask alone.
@@ -199,14 +208,10 @@ def compile(
             raise ValueError(f"expected a mask for {experiments} experiments (or 1), got {mask.experiments}")
         keep = layout.flatten(mask.dense(one), mask.experiments).to(initial.device)
         initial = _choose_weights(mask, one, layout, initial, keep, weights)
-    counts = keep.sum(dim=1)
-    if (counts != counts[0]).any():
-        raise ValueError(
-            f"expected masks that keep equally many weights, got {', '.join(map(str, counts.tolist()))}, "
-            "compile them one at a time"
-        )
-    index = keep.nonzero()[:, 1].view(len(keep), -1)
-    values = initial.expand(experiments, -1).gather(1, index.expand(experiments, -1))
+    rows = [row.nonzero()[:, 0] for row in keep]
+    index = pad_sequence(rows, batch_first=True, padding_value=layout.numel)
+    extended = F.pad(initial.expand(experiments, -1), (0, 1))
+    values = extended.gather(1, index.expand(experiments, -1))
     run, plan = build_run(engine, reference, layout, keep, example_input, plan)
     return CompiledGenerator(network, reference, layout, index, values, example_input, run, plan)
 
@@ -248,16 +253,25 @@ def build_run(
         if isinstance(plan, Plan):
             check_replayed(plan, made, plain=reason)
         return None, made
-    programs = [Program(graph, layout, row, _chooser(plan, e, z.dtype)) for e, row in enumerate(keep)]
+    one_pass = in_one_pass(z.device, len(keep))
+    # In one pass experiments run what any of them keeps; their plan is one of a mask that keeps all of that.
+    rows = [keep] if one_pass else list(keep)
+    if one_pass and len(keep) > 1:
+        views = [layout.views(keep.any(dim=0).cpu())]
+    kept = int(keep.sum(dim=1).max())
+    programs = [Program(graph, layout, row, _chooser(plan, e, z.dtype), kept) for e, row in enumerate(rows)]
     stages = tuple(engine_stages(graph, program, kept) for program, kept in zip(programs, views, strict=True))
     others, calls = others_of(graph, programs[0])
-    made = Plan(stages, "dead channels left out, resampling folded in", **facts, others=others, calls=calls)
+    reason = "dead channels left out, resampling folded in"
+    if one_pass and len(keep) > 1:
+        reason += f", {len(keep)} masks in one pass over what any of them keeps"
+    made = Plan(stages, reason, **facts, others=others, calls=calls)
     if isinstance(plan, Plan):
         check_replayed(plan, made)
         stages = plan.programs  # with the times of the machine that measured them
     memory_here(z.device).save()
     timed = tuple(_with_times(s, program, z.dtype) for s, program in zip(stages, programs, strict=True))
-    return NetworkRun(programs, z.shape[1:]), dataclasses.replace(made, programs=timed)
+    return NetworkRun(programs, z.shape[1:], one_pass), dataclasses.replace(made, programs=timed)
 
 
 def _captured(engine: str, network: nn.Module, z: torch.Tensor) -> tuple[Graph | None, str]:

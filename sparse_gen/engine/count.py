@@ -99,14 +99,14 @@ def count_step(program: Program, values: torch.Tensor, z: torch.Tensor) -> Count
     """Of a forward and a backward pass; what depends on z alone is made before.
 
     Args:
-        values: (kept,), of which the shape counts.
-        z: (1, C, H, W), likewise.
+        values: (E, kept), of which the shape counts.
+        z: (E or 1, C, H, W), likewise.
     """
     program, _ = program.with_steps(_unprepared)
     counting, found = _Counting(), Count()
     values, z = (torch.empty_like(tensor, device="meta") for tensor in (values, z))
     with torch.no_grad(), _counted_launches(counting), counting:
-        given = program.prepare(z)
+        given = program.prepare(z, len(values))
         counting.forget()
         tape: list = []
         output = program.forward(values, given, tape)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from sparse_gen.engine.graph import Conv
-from sparse_gen.engine.steps import AutogradStep, Loaded, Step, ops
+from sparse_gen.engine.steps import AutogradStep, Loaded, Step, bias_gradient, ops, weight_and_bias
 from sparse_gen.ops.convolution import PADDING_MODES, TORCH_MODES, upsampled
 from sparse_gen.ops.masked_conv2d import masked_conv2d_backward, masked_conv2d_forward
 from sparse_gen.ops.masked_conv2d_layouts import LAYOUTS, UPSAMPLE
@@ -30,6 +30,8 @@ class MaskedConvStep(Step):
         self._conv, self._layout = conv, LAYOUTS.index(layout)
         mode, scale = PADDING_MODES.index(conv.padding_mode), UPSAMPLE.index(conv.upsample)
         self._arguments = (conv.stride, conv.padding, mode, scale, conv.pool, self._layout)
+        # What the others make of the gradient would be made on both sides.
+        self.splits = layout == "direct"
         self._known: tuple[weakref.ref, torch.Tensor, torch.Tensor | None] | None = None
 
     def _source(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple]:
@@ -49,8 +51,7 @@ class MaskedConvStep(Step):
         return self._known[2] if self._known is not None and self._known[1] is source else None
 
     def forward(self, inputs, parameters, trains):
-        weight, *bias = (parameter[None] for parameter in parameters)
-        bias = bias[0] if bias else None
+        weight, bias = weight_and_bias(parameters)
         x = ops.apply_load(*inputs[0]) if isinstance(inputs[0], Loaded) else inputs[0]
         source, arguments = self._source(x)
         parts = self._kept_parts(source)
@@ -59,7 +60,7 @@ class MaskedConvStep(Step):
         return masked_conv2d_forward(source, weight, bias, *arguments), x
 
     def backward(self, gradient, kept, parameters, needs):
-        weight, *bias = (parameter[None] for parameter in parameters)
+        weight, *bias = parameters
         # The gradient of a constant input goes through the padding and the pool again.
         source, arguments = (kept.contiguous(), self._arguments) if needs[0] else self._source(kept)
         gradient = gradient.contiguous()
@@ -69,8 +70,11 @@ class MaskedConvStep(Step):
             grad_x, grad_weight = ops.masked_conv2d_split_kept_backward(*given)
         else:
             grad_x, grad_weight = masked_conv2d_backward(gradient, source, weight, *arguments, needs[0], True)
-        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
-        return [grad_x if needs[0] else None], [grad_weight[0], *grad_bias]
+        return [grad_x if needs[0] else None], [grad_weight, *bias_gradient(gradient, bias)]
+
+    def input_gradient(self, gradient, kept, parameters):
+        arguments = (gradient, kept.contiguous(), parameters[0], *self._arguments, True, False)
+        return masked_conv2d_backward(*arguments)[0]
 
 
 class CornersConvStep(AutogradStep):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparse_gen.engine.graph import Conv
-from sparse_gen.engine.steps import Loaded, Step, ops
+from sparse_gen.engine.steps import Loaded, Step, bias_gradient, ops, weight_and_bias
 from sparse_gen.ops.convolution import PADDING_MODES
 from sparse_gen.ops.masked_conv2d_layouts import UPSAMPLE
 
@@ -11,7 +11,7 @@ from sparse_gen.ops.masked_conv2d_layouts import UPSAMPLE
 class FusedConvStep(Step):
     """`masked_conv2d` as the GPU's kernel has it: nothing that an index can express is written to memory."""
 
-    reads_loads = True
+    reads_loads = splits = True
 
     def __init__(self, conv: Conv):
         mode, scale = PADDING_MODES.index(conv.padding_mode), UPSAMPLE.index(conv.upsample)
@@ -19,14 +19,17 @@ class FusedConvStep(Step):
 
     def forward(self, inputs, parameters, trains):
         given = inputs[0] if isinstance(inputs[0], Loaded) else Loaded(inputs[0].contiguous(), None)
-        weight, *bias = (parameter[None] for parameter in parameters)
-        y = ops.masked_conv2d_loaded(given.x, weight, bias[0] if bias else None, *self._arguments, given.load)
+        weight, bias = weight_and_bias(parameters)
+        y = ops.masked_conv2d_loaded(given.x, weight, bias, *self._arguments, given.load)
         return y, given
 
     def backward(self, gradient, kept, parameters, needs):
-        weight, *bias = (parameter[None] for parameter in parameters)
+        weight, *bias = parameters
         gradient = gradient.contiguous()
         arguments = (gradient, kept.x, weight, *self._arguments, kept.load, needs[0], True)
         grad_x, grad_weight = ops.masked_conv2d_loaded_backward(*arguments)
-        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
-        return [grad_x if needs[0] else None], [grad_weight[0], *grad_bias]
+        return [grad_x if needs[0] else None], [grad_weight, *bias_gradient(gradient, bias)]
+
+    def input_gradient(self, gradient, kept, parameters):
+        arguments = (gradient, kept.x, parameters[0], *self._arguments, None, True, False)
+        return ops.masked_conv2d_loaded_backward(*arguments)[0]

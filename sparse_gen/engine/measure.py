@@ -135,7 +135,7 @@ class _Run:
         generator = torch.Generator().manual_seed(0)
         out, into = stage.mask.shape[:2]
         weight = torch.randn(stage.mask.shape, generator=generator, dtype=dtype) * stage.mask
-        self._parameters = [(weight[stage.mask] if sparse else weight).to(stage.device)]
+        self._parameters = [(weight[stage.mask] if sparse else weight)[None].to(stage.device)]
         # A weight that is given whole is first put together from its kept values, and its gradient taken apart.
         self._place = None
         if not sparse and not stage.mask.all():
@@ -143,7 +143,7 @@ class _Run:
             self._place = torch.full(stage.mask.shape, len(places)).masked_scatter(stage.mask, places).flatten()
             self._place = self._place.to(stage.device)
             self._kept = stage.mask.flatten().nonzero()[:, 0].to(stage.device)
-        self._parameters += [torch.randn(out, generator=generator, dtype=dtype).to(stage.device)] * stage.biased
+        self._parameters += [torch.randn(1, out, generator=generator, dtype=dtype).to(stage.device)] * stage.biased
         self._x = torch.randn(1, into, *stage.size, generator=generator, dtype=dtype).to(stage.device)
         self._changes = stage.needs_gradient
         self._gradient: torch.Tensor | None = None

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sparse_gen.engine.compact import Compaction, compact
+from sparse_gen.engine.branches import Branch
+from sparse_gen.engine.compact import Compaction, compact, united
 from sparse_gen.engine.graph import Call, Concat, Conv, Graph, Norm, Select
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.layouts import ConvStage, make_step
@@ -34,30 +35,35 @@ class _Stage:
 
 
 class Program:
-    """One experiment's network, reduced to its live channels.
+    """A network reduced to its live channels, for one experiment or for several in one pass.
 
     Args:
         graph: from `lower`.
         layout: of the network's parameters.
-        keep: (N,) bool.
+        keep: (N,) bool, what every experiment keeps; or (E, N), what each of E keeps.
         choose: the layout of each convolution.
+        kept: how long an experiment's values are; by default as many as the most that one keeps.
 
     Attributes:
-        compaction: what is left of every value.
+        compaction: what is left of every value; of masks that differ, in any of the experiments.
         graph: the whole network.
         convolutions: value → the convolution that computes it, with its layout.
     """
 
-    def __init__(self, graph: Graph, layout: ParameterLayout, keep: torch.Tensor, choose: Choose):
+    def __init__(
+        self, graph: Graph, layout: ParameterLayout, keep: torch.Tensor, choose: Choose, kept: int | None = None
+    ):
         self._device = keep.device
-        masks = {name: mask.cpu() for name, mask in layout.views(keep).items()}
-        self.compaction: Compaction = compact(graph, masks)
+        keep = keep.cpu().view(-1, keep.shape[-1])
+        self._own = [compact(graph, layout.views(row)) for row in keep]
+        self.compaction: Compaction = united(self._own)
         self.convolutions: dict[int, tuple[ConvStage, str]] = {}
         self.graph = graph
-        self._slots = Slots(int(keep.sum()))
+        self._slots = Slots(int(keep.sum(dim=1).max()) if kept is None else kept)
         self._stages: list[_Stage] = []
-        place = torch.where(keep, keep.cumsum(0) - 1, -1).cpu()
+        place = torch.where(keep, keep.cumsum(1) - 1, -1)
         self._build(graph, layout.views(place), choose)
+        del self._own
         self._slots.finish(self._device)
         self._stages = _leave_norms_to_readers(self._stages)
         self._static = self._static_values(graph)
@@ -65,6 +71,7 @@ class Program:
             stage.step.constant_input = self._static.issuperset(stage.inputs)
             stage.step.owns_input = self._alone(stage)
         self._last_reader = self._last_readers()
+        self._of_changing: Program | None = None
         self._of_z = self._selection(torch.arange(graph.input_shape[0]), self.compaction.channels[0])
         self._live_of_z = self.compaction.channels[0].to(self._device)
 
@@ -81,7 +88,7 @@ class Program:
                 norm = graph.nodes[heads[value] - 1]
                 into = channels[heads[value]]
                 for name in (norm.op.gamma, norm.op.beta):
-                    self._slots.add(places[name][into])
+                    self._slots.add(places[name][:, into])
                 self._add_weight(node.op, value, into, live, places, None)
                 self.convolutions[value] = self._conv_stage(graph, number, into, live), "with its normalisation"
                 step, inputs, wanted = NormHeadStep(norm.op), norm.inputs, [into]
@@ -95,7 +102,7 @@ class Program:
             elif isinstance(node.op, Norm):
                 step = NormStep(node.op) if node.op.upsample is None else UpsampledNormStep(node.op, leaves_load=False)
                 for name in (node.op.gamma, node.op.beta):
-                    self._slots.add(places[name][live])
+                    self._slots.add(places[name][:, live])
             elif isinstance(node.op, Select):
                 step, wanted = None, [torch.tensor(node.op.channels)[live]]
             elif isinstance(node.op, Concat):
@@ -131,11 +138,24 @@ class Program:
 
     def _add_weight(self, conv: Conv, value: int, into, out, places, sparse: torch.Tensor | None):
         """The weight, whole or (with a mask) its kept values alone, and the bias where it matters."""
-        place = places[conv.weight][out][:, into]
-        kept = self.compaction.weights[value][out][:, into]
-        self._slots.add(torch.where(kept, place, -1) if sparse is None else place[sparse])
-        if conv.bias is not None and (kept := self.compaction.biases[value][out]).any():
-            self._slots.add(torch.where(kept, places[conv.bias][out], -1))
+        kept = self._kept_by_each("weights", value)[:, out][:, :, into]
+        place = torch.where(kept, places[conv.weight][:, out][:, :, into], -1)
+        self._slots.add(place if sparse is None else place[:, sparse])
+        if conv.bias is not None and (kept := self._kept_by_each("biases", value)[:, out]).any():
+            self._slots.add(torch.where(kept, places[conv.bias][:, out], -1))
+
+    def _kept_by_each(self, kind: str, value: int) -> torch.Tensor:
+        """What reaches the output by an experiment's own mask; the others have zeros there, of which nothing learns."""
+        none = torch.zeros_like(getattr(self.compaction, kind)[value])
+        return torch.stack([getattr(own, kind).get(value, none) for own in self._own])
+
+    def of_changing_z(self) -> Program:
+        """The same for a z that is another at every call, of which nothing that is made needs to be kept."""
+        if self._of_changing is None:
+            self._of_changing, steps = self.with_steps(copy)
+            for step in steps.values():
+                step.constant_input = False
+        return self._of_changing
 
     def with_steps(self, wrap: Callable[[Step], Step]) -> tuple[Program, dict[int, Step]]:
         """The same program with every step replaced by `wrap(step)`, and these by value."""
@@ -162,21 +182,23 @@ class Program:
         return {value: number for number, stage in enumerate(self._stages) for value in stage.inputs}
 
     @torch.no_grad()
-    def prepare(self, z: torch.Tensor, *, alone: bool = False) -> dict[int, torch.Tensor]:
-        """z (1, C, H, W) as value 0 and, unless `alone`, the values that depend on nothing else, for `forward`."""
+    def prepare(self, z: torch.Tensor, experiments: int, *, alone: bool = False) -> dict[int, torch.Tensor]:
+        """z (E or 1, C, H, W) as value 0 and, unless `alone`, what depends on nothing else, for `forward`."""
         values = {0: _taken(z, self._of_z)}
         for stage in [] if alone else self._stages:
             if stage.value in self._static:
                 inputs = [_taken(values[x], s) for x, s in zip(stage.inputs, stage.selections, strict=True)]
                 values[stage.value], _ = stage.step.forward(inputs, [], False)
-        return values
+        if len(z) == experiments:
+            return values
+        return {value: x.expand(experiments, *x.shape[1:]).contiguous() for value, x in values.items()}
 
     def forward(self, values: torch.Tensor, given: dict[int, torch.Tensor], tape: list | None) -> torch.Tensor:
-        """The output (1, …) from the kept values (kept,); what the backward needs is appended to `tape`.
+        """The output (E, …) from the kept values (E, kept); what the backward needs is appended to `tape`.
 
         `given` holds z as value 0, and may hold others of `prepare`.
         """
-        parameters = self._slots.read(values)
+        parameters = self._slots.of(len(values)).read(values)
         known = dict(given)
         for number, stage in enumerate(self._stages):
             if stage.value in given:
@@ -192,17 +214,26 @@ class Program:
         return known[self._stages[-1].value]
 
     def backward(
-        self, gradient: torch.Tensor, values: torch.Tensor, tape: list, given: dict[int, torch.Tensor], needs_z: bool
+        self,
+        gradient: torch.Tensor,
+        values: torch.Tensor,
+        tape: list,
+        given: dict[int, torch.Tensor],
+        needs_z: bool,
+        branch: Branch | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradients of the kept values and, if asked for, of z; empties the tape."""
+        """The gradients of the kept values and, if asked for, of z; empties the tape.
+
+        The gradients of weights are computed on `branch`, if there is one, beside those that others wait for.
+        """
         gradients: dict[int, torch.Tensor] = {self._stages[-1].value: gradient}
         parameter_gradients: list[torch.Tensor | None] = [None] * self._slots.count
         while tape:
             stage, kept, own = tape.pop()
             if stage.value not in gradients:
                 continue
-            needs = [x not in given or (x == 0 and needs_z) for x in stage.inputs]
-            grad_inputs, grad_own = stage.step.backward(gradients.pop(stage.value), kept, own, needs)
+            needs = [needs_z or x not in self._static for x in stage.inputs]
+            grad_inputs, grad_own = _gradients(stage.step, gradients.pop(stage.value), kept, own, needs, branch)
             del kept
             for slot, grad in zip(stage.slots, grad_own, strict=True):
                 parameter_gradients[slot] = grad
@@ -210,15 +241,26 @@ class Program:
                 if not need or grad is None:
                     continue
                 if selection is not None:
-                    whole = grad.new_zeros(1, self.compaction.live(x), *grad.shape[2:])
+                    whole = grad.new_zeros(len(grad), self.compaction.live(x), *grad.shape[2:])
                     grad = whole.index_copy_(1, selection, grad)
                 gradients[x] = gradients[x] + grad if x in gradients else grad
+        if branch is not None:
+            branch.join()
         grad_z = None
         if needs_z:
-            grad_z = values.new_zeros(1, *self.graph.input_shape)
+            grad_z = values.new_zeros(len(values), *self.graph.input_shape)
             if 0 in gradients:
                 grad_z.index_copy_(1, self._live_of_z, gradients[0])
-        return self._slots.write(parameter_gradients, values), grad_z
+        return self._slots.of(len(values)).write(parameter_gradients, values), grad_z
+
+
+def _gradients(step: Step, gradient: torch.Tensor, kept, own, needs: list[bool], branch: Branch | None):
+    """`Step.backward`, where it can be on both sides of a fork."""
+    if branch is None or not step.splits or not needs[0]:
+        return step.backward(gradient, kept, own, needs)
+    gradient = gradient.contiguous()
+    grad_own = branch.run(lambda: step.backward(gradient, kept, own, [False])[1], (gradient, kept, own))
+    return [step.input_gradient(gradient, kept, own)], grad_own
 
 
 def _leave_norms_to_readers(stages: list[_Stage]) -> list[_Stage]:

@@ -6,12 +6,14 @@ from math import prod
 
 import torch
 
+from sparse_gen.engine.rows import Rows, sources
+
 
 class Slots:
-    """Parameters of one experiment's stages as pieces of one vector of kept values.
+    """Parameters of stages as pieces of the vector of an experiment's kept values.
 
     Args:
-        kept: length of the vector.
+        kept: length of the vector, of the longest where experiments keep different numbers.
     """
 
     def __init__(self, kept: int):
@@ -21,15 +23,20 @@ class Slots:
         self._ranges: list[tuple[int, int] | None] = []
         self._gathered: torch.Tensor | None = None
         self._sizes: list[int] = []
+        self._rows: dict[int, Rows] = {}
 
-    def add(self, index: torch.Tensor, shape: tuple[int, ...] | None = None) -> int:
-        """Add a parameter whose entries stand at `index` (-1: a zero) and return its number."""
-        flat = index.flatten()
-        start = int(flat[0]) if len(flat) else 0
-        consecutive = bool((flat == torch.arange(start, start + len(flat))).all()) and start >= 0
-        self._ranges.append((start, start + len(flat)) if consecutive else None)
+    def add(self, index: torch.Tensor) -> int:
+        """Add a parameter whose entries stand at `index` (-1: a zero) and return its number.
+
+        The index is (1, *shape), or (E, *shape) where every experiment has its own.
+        """
+        flat = index.flatten(1)
+        length = flat.shape[1]
+        start = int(flat[0, 0]) if length else 0
+        consecutive = bool((flat == torch.arange(start, start + length)).all()) and start >= 0
+        self._ranges.append((start, start + length) if consecutive else None)
         self._index.append(torch.where(flat < 0, self._kept, flat))
-        self._shapes.append(tuple(index.shape) if shape is None else shape)
+        self._shapes.append(tuple(index.shape[1:]))
         return len(self._index) - 1
 
     @property
@@ -38,19 +45,26 @@ class Slots:
 
     def finish(self, device: torch.device) -> None:
         """Call once after the last `add`."""
-        scattered = [index for index, span in zip(self._index, self._ranges, strict=True) if span is None]
+        self._device, self._order = device, []
+        if any(len(index) > 1 for index in self._index):
+            return  # every experiment has its own places: there is no run of one alone
+        scattered = [index[0] for index, span in zip(self._index, self._ranges, strict=True) if span is None]
         self._gathered = torch.cat(scattered).to(device) if scattered else None
         self._sizes = [len(index) for index in scattered]
-        used = torch.cat([*self._index, torch.tensor([self._kept])])
-        # Where each kept value's gradient stands among those of the parameters and a zero behind them. The last writer
-        # of a value counts; a parameter that serves in two places has the others' gradients added.
-        real = (used < self._kept).nonzero()[:, 0]
-        source = torch.full((self._kept,), len(used) - 1)
-        source[used[real]] = real
-        more = real[source[used[real]] != real]
-        self._source, self._more = source.to(device), (used[more].to(device), more.to(device)) if len(more) else None
-        self._order = [] if scattered or self._more else self._pieces()
-        self._index = []
+        used = torch.cat([index[0] for index in self._index])
+        self._source, self._more = sources(used, self._kept, device)
+        if not scattered and not self._more:
+            self._order = self._pieces()
+
+    def of(self, experiments: int) -> Slots | Rows:
+        """What reads from the values of so many experiments, (E, kept), and gives their gradient."""
+        if experiments == 1:
+            return self
+        if experiments not in self._rows:
+            self._rows[experiments] = Rows(
+                experiments, self._kept, self._index, self._shapes, self._order, self._device
+            )
+        return self._rows[experiments]
 
     def _pieces(self) -> list[int | tuple[int, int]]:
         """The spans by their place in the vector, as numbers of parameters, and the gaps between them."""
@@ -64,21 +78,22 @@ class Slots:
         return [*pieces, (position, self._kept)] if position < self._kept else pieces
 
     def read(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """The parameters, in the order in which they were added, from the kept values (kept,)."""
+        """The parameters, in the order in which they were added, from the kept values (1, kept)."""
+        values = values[0]
         pieces = iter(())
         if self._gathered is not None:
             extended = torch.cat([values, values.new_zeros(1)])
             pieces = iter(extended.index_select(0, self._gathered).split(self._sizes))
         return [
-            (next(pieces) if span is None else values[span[0] : span[1]]).view(shape)
+            (next(pieces) if span is None else values[span[0] : span[1]]).view(1, *shape)
             for span, shape in zip(self._ranges, self._shapes, strict=True)
         ]
 
     def write(self, gradients: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
-        """The gradient of the kept values from those of the parameters; None is zero."""
+        """The gradient of the kept values, (1, kept), from those of the parameters; None is zero."""
         if self._order:
             # Spans alone, as of a mask that keeps everything: one pass over the vector.
-            return torch.cat([self._piece(piece, gradients, like) for piece in self._order])
+            return torch.cat([self._piece(piece, gradients, like) for piece in self._order])[None]
         flat = torch.cat(
             [
                 *(
@@ -89,7 +104,7 @@ class Slots:
             ]
         )
         total = flat.index_select(0, self._source)
-        return total if self._more is None else total.index_add_(0, self._more[0], flat[self._more[1]])
+        return (total if self._more is None else total.index_add_(0, self._more[0], flat[self._more[1]]))[None]
 
     def _piece(self, piece: int | tuple[int, int], gradients, like: torch.Tensor) -> torch.Tensor:
         if isinstance(piece, tuple):

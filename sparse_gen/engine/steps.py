@@ -24,14 +24,14 @@ Gradients = list[torch.Tensor | None]
 
 
 class Loaded(NamedTuple):
-    """A value that its readers see through a load, see `norm_load`: x (1, C, H, W) and load (1, C, 5)."""
+    """A value that its readers see through a load, see `norm_load`: x (E, C, H, W) and load (E, C, 5)."""
 
     x: torch.Tensor
     load: torch.Tensor | None
 
 
 class Step:
-    """One stage of one experiment.
+    """One stage of all experiments that run in one pass; every tensor has their axis in front.
 
     `forward(inputs, parameters, trains)` gives the value and what is kept for the backward, if there will be one;
     `backward(gradient, kept, parameters, needs)` the gradients of the inputs (None where `needs` says so) and of the
@@ -41,8 +41,10 @@ class Step:
         reads_loads: whether an input may be `Loaded`; its gradient is then that of what a reader sees.
         constant_input: whether the input is the same at every step, so that what is made of it can be kept.
         owns_input: whether nobody else reads the input, so that the backward may write over it.
+        splits: whether the gradient of its one input can be had by itself, from `input_gradient`, at no more cost.
     """
 
+    splits = False
     reads_loads = False
     constant_input = False
     owns_input = False
@@ -55,19 +57,54 @@ class Step:
     ) -> tuple[Gradients, Gradients]:
         raise NotImplementedError
 
+    def input_gradient(self, gradient: torch.Tensor, kept: Any, parameters: Tensors) -> torch.Tensor:
+        """The first of what `backward` gives, for a contiguous gradient."""
+        raise NotImplementedError
+
+
+def weight_and_bias(parameters: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A convolution's parameters, (E, …) and (E, out) or None."""
+    weight, *bias = parameters
+    return weight, bias[0] if bias else None
+
+
+def bias_gradient(gradient: torch.Tensor, bias: Tensors) -> Tensors:
+    """That of a convolution's bias, (E, out), where it has one."""
+    return [gradient.sum(dim=(2, 3))] if bias else []
+
+
+def image(given: torch.Tensor | Loaded) -> torch.Tensor:
+    """What a load is for, without it: a gradient is that of what is read through it."""
+    return given.x if isinstance(given, Loaded) else given.contiguous()
+
+
+def pooled_shape(given: torch.Tensor | Loaded, padding: int) -> torch.Tensor:
+    """A tensor of the shape of `pooled_means`, for a gradient that depends on the shape alone."""
+    x = image(given)
+    return x.new_empty(*x.shape[:2], *(length + 2 * padding - 1 for length in x.shape[2:]))
+
 
 class AutogradStep(Step):
-    """A step that is written as plain PyTorch and leaves its backward to autograd."""
+    """A step that is written as plain PyTorch, experiment by experiment, and leaves its backward to autograd."""
 
     def compute(self, inputs: Tensors, parameters: Tensors) -> torch.Tensor:
+        """The value (1, …) from inputs (1, …) and parameters without E."""
         raise NotImplementedError
+
+    def _compute_all(self, inputs: Tensors, parameters: Tensors) -> torch.Tensor:
+        experiments = max(map(len, (*inputs, *parameters)))
+        rows = [
+            self.compute([x[e : e + 1] for x in inputs], [parameter[e] for parameter in parameters])
+            for e in range(experiments)
+        ]
+        return rows[0] if experiments == 1 else torch.cat(rows)
 
     def forward(self, inputs, parameters, trains):
         if not trains:
-            return self.compute(inputs, parameters), None
+            return self._compute_all(inputs, parameters), None
         with torch.enable_grad():
             leaves = [tensor.detach().requires_grad_() for tensor in (*inputs, *parameters)]
-            output = self.compute(leaves[: len(inputs)], leaves[len(inputs) :])
+            output = self._compute_all(leaves[: len(inputs)], leaves[len(inputs) :])
         return output.detach(), (output, leaves)
 
     def backward(self, gradient, kept, parameters, needs):
@@ -129,15 +166,13 @@ class NormStep(Step):
 
     def forward(self, inputs, parameters, trains):
         x = inputs[0].contiguous()
-        gamma, beta = (parameter[None] for parameter in parameters)
-        y, mean, rstd = ops.norm_act(x, gamma, beta, self._eps, self._slope)
+        y, mean, rstd = ops.norm_act(x, *parameters, self._eps, self._slope)
         return y, (x, mean, rstd)
 
     def backward(self, gradient, kept, parameters, needs):
         x, mean, rstd = kept
-        gamma, beta = (parameter[None] for parameter in parameters)
-        grad_x, *grads = ops.norm_act_backward(gradient.contiguous(), x, gamma, beta, mean, rstd, self._slope)
-        return [grad_x], [grad[0] for grad in grads]
+        grad_x, *grads = ops.norm_act_backward(gradient.contiguous(), x, *parameters, mean, rstd, self._slope)
+        return [grad_x], grads
 
 
 class NormLoadStep(Step):
@@ -158,11 +193,11 @@ class NormLoadStep(Step):
         gamma, beta, gamma2, beta2 = self._rows(parameters)
         arguments = (gradient.contiguous(), x, gamma, beta, self._slope, gamma2, beta2, moments)
         grad_x, *grads = ops.norm_load_backward(*arguments)
-        return [grad_x], [grad[0] for grad in grads[: len(parameters)]]
+        return [grad_x], grads[: len(parameters)]
 
     @staticmethod
     def _rows(parameters):
-        return [*(parameter[None] for parameter in parameters), None, None][:4]
+        return [*parameters, None, None][:4]
 
 
 class NormHeadStep(Step):
@@ -173,27 +208,26 @@ class NormHeadStep(Step):
 
     def forward(self, inputs, parameters, trains):
         x = inputs[0].contiguous()
-        gamma, beta, weight, *bias = (parameter[None] for parameter in parameters)
+        gamma, beta, weight, *bias = parameters
         given = (gamma, beta, weight.flatten(2), bias[0] if bias else None)
         y, mean, rstd = ops.norm_head(x, *given, self._eps, self._slope)
         return y, (x, mean, rstd)
 
     def backward(self, gradient, kept, parameters, needs):
         x, mean, rstd = kept
-        gamma, beta, weight, *bias = (parameter[None] for parameter in parameters)
+        gamma, beta, weight, *bias = parameters
         arguments = (gradient.contiguous(), x, gamma, beta, weight.flatten(2), mean, rstd, self._slope)
         if self.owns_input:
             grad_x, grads = x, ops.norm_head_backward_(*arguments)
         else:
             grad_x, *grads = ops.norm_head_backward(*arguments)
-        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
-        return [grad_x], [*(grad[0] for grad in grads), *grad_bias]
+        return [grad_x], [*grads, *bias_gradient(gradient, bias)]
 
 
 class SparseConvStep(Step):
     """`sparse_conv2d`; a 2×2 pool behind it becomes stride 2 on the 2×2 means of the padded input."""
 
-    reads_loads = True
+    reads_loads = splits = True
 
     def __init__(self, conv: Conv, mask: torch.Tensor):
         stride = 2 if conv.pool else conv.stride
@@ -219,32 +253,36 @@ class SparseConvStep(Step):
         return self._known[1]
 
     def forward(self, inputs, parameters, trains):
-        values, *bias = parameters
-        bias = bias[0][None] if bias else None
+        values, bias = weight_and_bias(parameters)
         prepared = self._prepared(inputs[0])
         if prepared is not None:
-            y = ops.sparse_conv2d(prepared.x, values[None, prepared.order], bias, *prepared.arguments, None)
+            y = ops.sparse_conv2d(prepared.x, values[:, prepared.order], bias, *prepared.arguments, None)
         else:
             x, load = self._source(inputs[0])
-            y = ops.sparse_conv2d(x, values[None], bias, *self._arguments, load)
+            y = ops.sparse_conv2d(x, values, bias, *self._arguments, load)
         return y, inputs[0]
 
     def backward(self, gradient, kept, parameters, needs):
         values, *bias = parameters
         gradient = gradient.contiguous()
-        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
+        grad_bias = bias_gradient(gradient, bias)
         prepared = None if needs[0] else self._prepared(kept)
         if prepared is not None:
-            arguments = (gradient, prepared.x, values[None, prepared.order], *prepared.arguments, None, False, True)
+            arguments = (gradient, prepared.x, values[:, prepared.order], *prepared.arguments, None, False, True)
             _, grad_ordered = ops.sparse_conv2d_backward(*arguments)
-            return [None], [torch.empty_like(values).index_copy_(0, prepared.order, grad_ordered[0]), *grad_bias]
+            return [None], [torch.empty_like(values).index_copy_(1, prepared.order, grad_ordered), *grad_bias]
         # The source is made again rather than kept: it is as large as what it is made from.
         x, load = self._source(kept)
-        arguments = (gradient, x, values[None], *self._arguments, load, needs[0], True)
+        arguments = (gradient, x, values, *self._arguments, load, needs[0], True)
         grad_x, grad_values = ops.sparse_conv2d_backward(*arguments)
         if needs[0] and self._pool:
             grad_x = ops.pooled_means_backward(grad_x, *self._padding)
-        return [grad_x if needs[0] else None], [grad_values[0], *grad_bias]
+        return [grad_x if needs[0] else None], [grad_values, *grad_bias]
+
+    def input_gradient(self, gradient, kept, parameters):
+        x = pooled_shape(kept, self._padding[0]) if self._pool else image(kept)
+        grad_x, _ = ops.sparse_conv2d_backward(gradient, x, parameters[0], *self._arguments, None, True, False)
+        return ops.pooled_means_backward(grad_x, *self._padding) if self._pool else grad_x
 
 
 class _OverPhases:
@@ -265,7 +303,7 @@ def _arguments(pattern: SparsePattern, padding: int, mode: int) -> tuple:
 class TapConvStep(Step):
     """`sparse_upsample_conv2d`: every tap on the small image."""
 
-    reads_loads = True
+    reads_loads = splits = True
 
     def __init__(self, conv: Conv, mask: torch.Tensor):
         taps = TapPattern.of(mask)
@@ -277,17 +315,20 @@ class TapConvStep(Step):
 
     def forward(self, inputs, parameters, trains):
         given = inputs[0] if isinstance(inputs[0], Loaded) else Loaded(inputs[0].contiguous(), None)
-        values, *bias = parameters
-        arguments = (given.x, values[None], bias[0][None] if bias else None, *self._pattern, given.load)
+        values, bias = weight_and_bias(parameters)
+        arguments = (given.x, values, bias, *self._pattern, given.load)
         return ops.sparse_upsample_conv2d(*arguments), given
 
     def backward(self, gradient, kept, parameters, needs):
         values, *bias = parameters
         gradient = gradient.contiguous()
-        arguments = (gradient, kept.x, values[None], *self._pattern, kept.load, needs[0], True)
+        arguments = (gradient, kept.x, values, *self._pattern, kept.load, needs[0], True)
         grad_x, grad_values = ops.sparse_upsample_conv2d_backward(*arguments)
-        grad_bias = [gradient.sum(dim=(0, 2, 3))] if bias else []
-        return [grad_x if needs[0] else None], [grad_values[0], *grad_bias]
+        return [grad_x if needs[0] else None], [grad_values, *bias_gradient(gradient, bias)]
+
+    def input_gradient(self, gradient, kept, parameters):
+        arguments = (gradient, kept.x, parameters[0], *self._pattern, None, True, False)
+        return ops.sparse_upsample_conv2d_backward(*arguments)[0]
 
 
 class UpsampledSparseConvStep(Step):

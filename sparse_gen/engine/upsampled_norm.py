@@ -28,13 +28,13 @@ class UpsampledNormStep(Step):
         count = 4 * x.shape[2] * x.shape[3]
         ones = x.new_ones(1, 1, *x.shape[2:])
         weight = up_and_back(ones, self._kind)  # how often each pixel of x counts
-        mean = (x * weight).sum(dim=(0, 2, 3)) / count
-        centered = x - mean[:, None, None]
+        mean = (x * weight).sum(dim=(2, 3)) / count
+        centered = x - mean[..., None, None]
         spread = up_and_back(centered, self._kind)
-        rstd = ((centered * spread).sum(dim=(0, 2, 3)) / count + self._eps).rsqrt()
+        rstd = ((centered * spread).sum(dim=(2, 3)) / count + self._eps).rsqrt()
         factor = gamma * rstd
         none, one = torch.zeros_like(mean), torch.ones_like(mean)
-        load = torch.stack([factor, beta - mean * factor, one, one, none], dim=-1)[None]
+        load = torch.stack([factor, beta - mean * factor, one, one, none], dim=-1)
         out = Loaded(x, load) if self._leaves_load else apply_load_reference(x, load)
         return out, (x, mean, rstd, spread, weight)
 
@@ -42,11 +42,11 @@ class UpsampledNormStep(Step):
         x, mean, rstd, spread, weight = kept
         gamma, _ = parameters
         count = 4 * x.shape[2] * x.shape[3]
-        grad_beta = gradient.sum(dim=(0, 2, 3))
-        grad_gamma = (gradient * (x - mean[:, None, None])).sum(dim=(0, 2, 3)) * rstd
+        grad_beta = gradient.sum(dim=(2, 3))
+        grad_gamma = (gradient * (x - mean[..., None, None])).sum(dim=(2, 3)) * rstd
         by_weight, by_spread = grad_beta / count, grad_gamma * rstd / count
-        inner = gradient - by_weight[:, None, None] * weight - by_spread[:, None, None] * spread
-        return [(gamma * rstd)[:, None, None] * inner], [grad_gamma, grad_beta]
+        inner = gradient - by_weight[..., None, None] * weight - by_spread[..., None, None] * spread
+        return [(gamma * rstd)[..., None, None] * inner], [grad_gamma, grad_beta]
 
 
 def up_and_back(x: torch.Tensor, kind: str) -> torch.Tensor:

@@ -135,8 +135,8 @@ def denoise(
     from sparse_gen.experiments.stages import last_output, psnr_curve, search, train
     from sparse_gen.experiments.stored_mask import digest, stored_mask
 
-    given = {} if plans is None else read_plans(plans)
     device = resolve_device(config.device)
+    given = {} if plans is None else read_plans(plans, device)
     searches = config.mask is None
     photograph = read_image(config.image, lambda shape: check_memory(config, shape, device, search=searches))
     check_same_image(config, photograph)

@@ -6,19 +6,24 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
+from sparse_gen.engine.measure import machine
 from sparse_gen.engine.plan import Plan
 from sparse_gen.files import write_json
-from sparse_gen.ops.extension import status
 
 STAGES = ("search", "fit")
 
 
-def read_plans(path: str | os.PathLike[str]) -> dict[str, Plan]:
+def read_plans(path: str | os.PathLike[str], device: torch.device | None = None) -> dict[str, Plan]:
     """What `write_plans` wrote.
+
+    Args:
+        device: where the plans are to run; None only reads them.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is damaged, or of an instruction set that is not in use here.
+        ValueError: it is damaged, or of an instruction set or a GPU that is not in use here.
     """
     content = Path(path).read_bytes()
     try:
@@ -28,14 +33,17 @@ def read_plans(path: str | os.PathLike[str]) -> dict[str, Plan]:
         raise ValueError(
             f"plan: expected the plans of a run, got {path}, which is damaged, remove it to measure anew"
         ) from error
-    here = status().instruction_set
+    if device is None:
+        return plans
+    here = machine(device)
     for plan in plans.values():
-        there = plan.machine.get("instruction_set")
-        if there != here:
-            raise ValueError(
-                f"plan: expected a run of this machine's {here or 'plain PyTorch'}, got {path} of one with "
-                f"{there or 'plain PyTorch'}, remove it to measure anew, with other bits"
-            )
+        for fact, without in (("gpu", "CPU"), ("instruction_set", "plain PyTorch")):
+            expected, found = (str(facts.get(fact) or without) for facts in (here, plan.machine))
+            if expected != found:
+                raise ValueError(
+                    f"plan: expected a run of this machine's {expected}, got {path} of one with {found}, remove it to "
+                    "measure anew, with other bits"
+                )
     return plans
 
 

@@ -21,6 +21,7 @@ from sparse_gen.engine.checks import (
     check_positive,
 )
 from sparse_gen.engine.compile import CompiledGenerator
+from sparse_gen.engine.measure import machine
 from sparse_gen.engine.readback import Readback, Values, reporter
 from sparse_gen.fitting.metrics import psnr
 from sparse_gen.fitting.optimiser import Optimiser
@@ -120,7 +121,7 @@ def fit(
     _check(module, z, y, clean, pixel_weight, steps, every, lr, average, input_jitter, tv_weight, langevin, rings)
     compiled = isinstance(module, CompiledGenerator)
     # oneDNN and cuDNN convolve without reordering where the channels come last.
-    z = z.contiguous(memory_format=module.memory_format if compiled else torch.channels_last)
+    z = z.detach().contiguous(memory_format=module.memory_format if compiled else torch.channels_last)
     seeds = seed_tensor(seed, z.device)
     optimiser = Optimiser(module, lr, langevin, seeds)
     history, mean_output, stopped_at = History(), None, None
@@ -134,7 +135,7 @@ def fit(
         if stop is not None and not hasattr(stop, "state"):
             raise ValueError(f"expected a rule of sparse_gen.stop beside checkpoints, got {type(stop).__name__}")
         # Another plan adds up in another order.
-        settings["plan"] = module.plan.layouts if compiled else None
+        settings |= {"plan": module.plan.layouts if compiled else None, "gpu": machine(z.device).get("gpu")}
         inputs = [z, y, *module.parameters(), *(given for given in (clean, pixel_weight) if given is not None)]
         settings["inputs"] = fingerprint(*inputs)
         restored = checkpoints.load("fit", settings)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sparse_gen.engine.checks import check_output
+from sparse_gen.engine.compile import CompiledGenerator
 from sparse_gen.engine.functional import squared_errors
 from sparse_gen.fitting.optimiser import Optimiser
 from sparse_gen.ops.philox import Stream, normal
@@ -50,6 +51,7 @@ class FitStep:
         self._module, self._z, self._y, self._optimiser, self._seeds = module, z, y, optimiser, seeds
         self._rule, self._average, self._jitter, self._tv_weight = rule, average, input_jitter, tv_weight
         self._pixel_weight = pixel_weight
+        self._other_z = {"changes": True} if isinstance(module, CompiledGenerator) else {}
         self.step = torch.tensor(start, device=z.device)
         self.first_bad = torch.tensor(-1, device=z.device)
         self.mean_output = mean_output
@@ -57,7 +59,7 @@ class FitStep:
         self._last = [p.detach().clone() for p in module.parameters()] if keep_last else None
 
     def __call__(self) -> None:
-        output = self._module(self._jittered() if self._jitter else self._z)
+        output = self._module(self._jittered(), **self._other_z) if self._jitter else self._module(self._z)
         if self.output is None:
             check_output(output, self._y)
         if self._pixel_weight is None:

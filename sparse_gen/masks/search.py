@@ -17,6 +17,7 @@ from sparse_gen.engine.checks import check_count, check_input, check_measurement
 from sparse_gen.engine.compile import compile
 from sparse_gen.engine.functional import training_copy
 from sparse_gen.engine.layout import ParameterLayout
+from sparse_gen.engine.measure import machine
 from sparse_gen.engine.plan import Plan
 from sparse_gen.engine.readback import Readback, reporter
 from sparse_gen.engine.stack import Stack, initial_weights, template
@@ -247,7 +248,7 @@ def search_mask(
     start = 0
     if checkpoints is not None:
         identity = {"stop": None, **settings, "every": every, "inputs": fingerprint(z, y, *net.parameters())}
-        identity["plan"] = sampled.plan.layouts
+        identity |= {"plan": sampled.plan.layouts, "gpu": machine(z.device).get("gpu")}
         restored = checkpoints.load("search", identity)
         if restored is not None:
             start, state, history = restored

@@ -112,6 +112,14 @@ def _prepare(x, stride, padding, mode, upsample, pool):
     return large, pad(large, padding, mode), stride, 0
 
 
+# The same as shapes: that is all of x on which its gradient depends.
+def _unfilled(x, stride, padding, mode, upsample, pool):
+    pooled, padded = pool and stride == 1, mode != 0
+    scale, margin = 2 if upsample else 1, 2 * padding - pooled if pooled or padded else 0
+    large, prepared = (x.new_empty(*x.shape[:2], *(scale * n + m for n in x.shape[2:])) for m in (0, margin))
+    return large, prepared, 2 if pooled else stride, 0 if pooled or padded else padding
+
+
 def _unprepare(grad, large, x, stride, padding, mode, upsample, pool):
     if pool and stride == 1:
         grad = torch.ops.sparse_gen.pooled_means_backward(grad.contiguous(), padding, mode)
@@ -142,7 +150,8 @@ def _convolution_layout(convolve, convolve_backward) -> SimpleNamespace:
         return F.avg_pool2d(out, 2) if pool and stride == 2 else out
 
     def backward(grad_out, x, weight, stride, padding, mode, upsample, pool, needs_x, needs_weight):
-        large, prepared, step, left = _prepare(x, stride, padding, mode, upsample, pool)
+        prepare = _prepare if needs_weight else _unfilled
+        large, prepared, step, left = prepare(x, stride, padding, mode, upsample, pool)
         if pool and stride == 2:
             grad_out = _unpool(grad_out, _convolved_size(prepared, weight, step, left))
         grads_x, grads_weight = [], []
