@@ -27,6 +27,7 @@ LABELS = {
     "x4": "4 samples a step, lr 0.1, a quarter of the steps",
     "decay": "lr falling to 0 over the second half",
     "all6e-9": "everything prunable, λ 6e-9",
+    "all6e-9lr.1": "everything prunable, λ 6e-9, lr 0.1",
     "all1e-8": "everything prunable, λ 1e-8",
     "d.01": "1 % kept",
     "d.02": "2 % kept",

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import records
 import search_report
 import torch
 from quality import Watched, photograph
@@ -72,6 +72,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 REACHING: dict[str, dict[str, Any]] = {
     "kl1e-8": {"kl_weight": 1e-8},
     "all6e-9": {"kl_weight": 6e-9, "prunable": "all"},
+    "all6e-9lr.1": {"kl_weight": 6e-9, "lr": 0.1, "prunable": "all"},
     "all1e-8": {"kl_weight": 1e-8, "prunable": "all"},
     "d.01": {"density": 0.01},
     "d.02": {"density": 0.02},
@@ -151,7 +152,7 @@ class Study:
         self.preset, self.results, self.build = preset, results, build
 
     def records(self) -> list[dict]:
-        return json.loads(self.results.read_text()) if self.results.exists() else []
+        return records.load(self.results)
 
     def todo(self, only: tuple[str, ...] = ()) -> list[tuple[str, str, int, int]]:
         """The jobs whose last record is missing."""
@@ -175,10 +176,7 @@ class Study:
             order = [*SETTINGS, *REACHING, *_PAPERS]
             return r["case"], order.index(r["provider"]), r["steps_search"], r["seed"]
 
-        others = [r for r in self.records() if place(r) != place(record)]
-        self.results.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.results, "w") as file:
-            json.dump(sorted([*others, record], key=place), file, indent=1)
+        records.add(self.results, record, place)
 
     def problem(self, name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.nn.Module]:
         """z, y, clean, network: nothing of it depends on the setting."""
@@ -304,9 +302,9 @@ def main() -> None:
     if not arguments.draw:
         for study in studies:
             study.measure(only, stored=arguments.stored)
-    records = studies[0].records()
-    search_report.draw(records, RESULTS.with_suffix(".png"))
-    print(search_report.table(records))
+    found = studies[0].records()
+    search_report.draw(found, RESULTS.with_suffix(".png"))
+    print(search_report.table(found))
 
 
 if __name__ == "__main__":
