@@ -26,6 +26,13 @@ LABELS = {
     "anti": "antithetic samples",
     "x4": "4 samples a step, lr 0.1, a quarter of the steps",
     "decay": "lr falling to 0 over the second half",
+    "all6e-9": "everything prunable, λ 6e-9",
+    "all6e-9lr.1": "everything prunable, λ 6e-9, lr 0.1",
+    "all1e-8": "everything prunable, λ 1e-8",
+    "d.01": "1 % kept",
+    "d.02": "2 % kept",
+    "kl1e-8d.01": "λ 1e-8, 1 % kept",
+    "kl1e-8d.02": "λ 1e-8, 2 % kept",
     "paper": "the paper's constants",
     "paper_conv": "the paper's constants, convolution weights",
 }
@@ -68,11 +75,12 @@ def table(records: list[dict]) -> str:
         noisy = _spread(list({r["seed"]: r["psnr_noisy"] for r in own}.values()))
         reduced = " (reduced)" if any(r["preset"] == "reduced" for r in own) else ""
         trained = "/".join(sorted({f"{r['steps_fit']:,}" for r in own}))
+        columns = [*COLUMNS.values(), "kept and alive", "exchanged by the last 100", "seeds"]
         lines = [
             f"**{case}, {trained} training steps{reduced}**, noisy image {noisy} dB",
             "",
-            f"| setting | search steps | {' | '.join(COLUMNS.values())} | exchanged by the last 100 | seeds |",
-            "|" + "---|" * (len(COLUMNS) + 4),
+            f"| setting | search steps | {' | '.join(columns)} |",
+            "|" + "---|" * (len(columns) + 2),
         ]
         for setting, steps, same in rows(own):
             cells = [_spread([r[c] for r in same if r.get(c) is not None]) for c in COLUMNS]
@@ -82,6 +90,8 @@ def table(records: list[dict]) -> str:
                 cells[1] += f" ({cut} of {len(same)} cut at {', '.join(places)})"
             shares = [r["exchanged"][-1] for r in same if r["exchanged"]]
             exchanged = f"{np.mean(shares):.0%}" if shares else "–"
+            alive = [r["live_kept"] for r in same if "live_kept" in r]
+            cells.append(f"{np.mean(alive):,.0f}" if alive else "–")
             lines.append(f"| {LABELS[setting]} | {steps:,} | {' | '.join(cells)} | {exchanged} | {len(same)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -2,6 +2,7 @@
 
     python bench/search_study.py             # 256², depth 6, three photographs, three seeds: days on a CPU
     python bench/search_study.py --reduced   # 128², depth 5, two photographs, two seeds: hours with one thread
+    python bench/search_study.py --tiny      # 64², depth 4, two photographs, one seed, the paper's 60,000 steps as well
     python bench/search_study.py --draw      # table and picture only
 
 Every setting is tried on the first photograph with one seed; `FINALISTS` then go over all seeds and photographs, so
@@ -15,27 +16,27 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import records
 import search_report
 import torch
 from quality import Watched, photograph
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file, save
-from search_trials import trial
+from search_trials import Exchanges, Snapshots, trial
 
 import sparse_gen as sg
 from sparse_gen.engine.functional import training_copy
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.stack import initial_weights
 from sparse_gen.files import atomic_write
-from sparse_gen.fitting.stop import WMV, Settled
+from sparse_gen.fitting.stop import WMV
 from sparse_gen.masks.connectivity import probe_connectivity
 from sparse_gen.masks.search import PRESETS, make_mask
 from sparse_gen.masks.selection import kept_count, prunable_layout, top_k
@@ -66,6 +67,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "x4": {"samples": 4, "lr": 0.1},
     "decay": {"decay": True},
 }
+# λ so small that in 2,000 steps it draws the logits as far as the paper's in 60,000 (6e-9: λ · lr · steps is the same),
+# and densities at which convolution weights alone leave as few weights that reach the image.
+REACHING: dict[str, dict[str, Any]] = {
+    "kl1e-8": {"kl_weight": 1e-8},
+    "all6e-9": {"kl_weight": 6e-9, "prunable": "all"},
+    "all6e-9lr.1": {"kl_weight": 6e-9, "lr": 0.1, "prunable": "all"},
+    "all1e-8": {"kl_weight": 1e-8, "prunable": "all"},
+    "d.01": {"density": 0.01},
+    "d.02": {"density": 0.02},
+    "kl1e-8d.01": {"kl_weight": 1e-8, "density": 0.01},
+    "kl1e-8d.02": {"kl_weight": 1e-8, "density": 0.02},
+}
 # Those that were not behind the default where all were tried.
 FINALISTS = ("quick", "anti", "lr.1", "decay")
 
@@ -82,6 +95,7 @@ class Preset:
         short_at: the default is also judged after these, of a search of their own.
         fit_steps: of the training after it.
         paper_at: after how many steps the paper's search on the second photograph is judged.
+        papers_everywhere: whether it runs on all photographs.
         photographs: the first to tune on, the others to judge.
     """
 
@@ -95,6 +109,7 @@ class Preset:
     fit_steps: int = 1000
     paper_at: tuple[int, ...] = (500, 1000, 2000, 4000, 8000, 16_000, 24_000, 32_000, 40_000, 50_000, 60_000)
     papers: tuple[str, ...] = (PAPER, PAPER_CONV)
+    papers_everywhere: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     photographs: tuple[str, ...] = ("astronaut", "coffee", "chelsea")
 
@@ -103,12 +118,14 @@ class Preset:
 
     def jobs(self) -> list[tuple[str, str, int, int]]:
         """(photograph, setting, steps, seed)."""
-        first, second = self.photographs[:2]
+        first = self.photographs[0]
+        searched = self.photographs if self.papers_everywhere else self.photographs[1:2]
         tried = [(first, s, self.tried_steps, self.seeds[0]) for s in SETTINGS if self.tried_steps]
         pairs = [(n, seed) for seed in self.seeds for n in self.photographs]
         judged = [(n, s, self.judged_at[-1], seed) for n, seed in pairs for s in self.finalists]
         short = [(n, "quick", steps, seed) for n, seed in pairs for steps in self.short_at[-1:]]
-        return [*tried, *judged, *short, *((second, paper, self.paper_at[-1], self.seeds[0]) for paper in self.papers)]
+        papers = [(n, paper, self.paper_at[-1], self.seeds[0]) for n in searched for paper in self.papers]
+        return [*tried, *judged, *short, *papers]
 
 
 FULL = Preset("full", 256, (16, 32, 64, 128, 128, 128), fit_steps=1500)
@@ -122,34 +139,10 @@ REDUCED = Preset(
     photographs=("astronaut", "coffee"),
 )  # fmt: skip
 
-
-class Exchanges(Settled):
-    """Notes what every window exchanges, and lets the search go on."""
-
-    def __init__(self, window: int = 100):
-        super().__init__(window, 0.0)
-        self.shares: list[float] = []
-
-    def update(self, step, logits, count, sizes=None) -> bool:
-        super().update(step, logits, count, sizes)
-        self.stopped_at.fill_(-1)
-        if (step + 1) % self.window == 0:
-            self.shares.append(round(self.exchanged.item(), 4))
-        return False
-
-
-class Snapshots(Exchanges):
-    """Stores the logits after some steps of a long search."""
-
-    def __init__(self, at, store):
-        super().__init__()
-        self.at, self.store = at, store
-
-    def update(self, step, logits, count, sizes=None) -> bool:
-        super().update(step, logits, count, sizes)
-        if step + 1 in self.at:
-            self.store(step + 1, logits)
-        return False
+TINY = Preset(
+    "reduced", 64, (12, 24, 48, 96), tried_steps=0, judged_at=(1000, 2000), finalists=("quick", *REACHING),
+    fit_steps=1500, papers=(PAPER,), papers_everywhere=True, seeds=(0,), photographs=("astronaut", "coffee"),
+)  # fmt: skip
 
 
 class Study:
@@ -159,7 +152,7 @@ class Study:
         self.preset, self.results, self.build = preset, results, build
 
     def records(self) -> list[dict]:
-        return json.loads(self.results.read_text()) if self.results.exists() else []
+        return records.load(self.results)
 
     def todo(self, only: tuple[str, ...] = ()) -> list[tuple[str, str, int, int]]:
         """The jobs whose last record is missing."""
@@ -180,12 +173,10 @@ class Study:
 
     def keep(self, record: dict) -> None:
         def place(r: dict) -> tuple:
-            return r["case"], [*SETTINGS, *_PAPERS].index(r["provider"]), r["steps_search"], r["seed"]
+            order = [*SETTINGS, *REACHING, *_PAPERS]
+            return r["case"], order.index(r["provider"]), r["steps_search"], r["seed"]
 
-        others = [r for r in self.records() if place(r) != place(record)]
-        self.results.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.results, "w") as file:
-            json.dump(sorted([*others, record], key=place), file, indent=1)
+        records.add(self.results, record, place)
 
     def problem(self, name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.nn.Module]:
         """z, y, clean, network: nothing of it depends on the setting."""
@@ -205,18 +196,19 @@ class Study:
             del options["steps"]
             found, samples = self.paper(name, setting, steps, seed, options, stored, progress), 1
         else:
-            options = {"lr": 5e-2, "kl_weight": 1e-7, "prunable": "conv_weights", **SETTINGS[setting]}
+            options = {"lr": 5e-2, "kl_weight": 1e-7, "prunable": "conv_weights"}
+            options |= {"density": DENSITY} | {**SETTINGS, **REACHING}[setting]
             samples = options.get("samples", 1)
             # As many passes over the network whatever a step takes.
             rule, count = Exchanges(), steps // samples
             series = [at for at in (self.preset.judged_at, self.preset.short_at) if steps in at[-1:]]
             at = [number // samples for number in sum(series, ())]
             found = trial(
-                net, z, y, density=DENSITY, steps=count, at=at, seed=seed, rule=rule, progress=progress, **options,
+                net, z, y, steps=count, at=at, seed=seed, rule=rule, progress=progress, **options,
             )  # fmt: skip
             shares = rule.shares
         for done, logits in found:
-            mask = self.mask(net, logits, options["prunable"], seed)
+            mask = self.mask(net, logits, options["prunable"], seed, options.get("density", DENSITY))
             yield {
                 "suite": "search_study", "case": self.preset.case(name), "preset": self.preset.name,
                 "provider": setting, "options": options, "seed": seed, "steps_search": done * samples,
@@ -251,12 +243,12 @@ class Study:
             if file(done).exists():
                 yield done, load_file(file(done))["logits"]
 
-    def mask(self, net: torch.nn.Module, logits: torch.Tensor, prunable: str, seed: int) -> sg.Mask:
+    def mask(self, net: torch.nn.Module, logits: torch.Tensor, prunable: str, seed: int, density: float) -> sg.Mask:
         network = training_copy(net)
         layout = prunable_layout(network, prunable)
         whole = ParameterLayout.of(network, [n for n, _ in network.named_parameters() if n not in layout.shapes])
         weight, kept_whole = initial_weights(net, layout), initial_weights(net, whole)
-        count = kept_count(DENSITY, layout.numel + whole.numel, whole.numel)
+        count = kept_count(density, layout.numel + whole.numel, whole.numel)
         keep = top_k(logits, count, seed_tensor(seed))
         return make_mask(layout, whole, keep, weight[0], whole.views(kept_whole), {})
 
@@ -271,6 +263,9 @@ class Study:
             return record
         # The fixed rule for every layer: a measurement would differ from run to run, and be disturbed by others.
         module = sg.compile(net, mask, z, weights="mask", plan="rule")
+        stages = [stage for stage in module.plan.stages if stage.kept]
+        record["live_kept"] = sum(stage.live_kept for stage in stages)
+        record["live_channels"] = {stage.name: stage.live_out for stage in stages}
         record["psnr_untrained"] = sg.fitting.psnr(module(z).detach(), clean).item()
         stop = Watched(WMV(WINDOW, PATIENCE))
         fit = sg.fit(module, z, y, steps=self.preset.fit_steps, lr=LR, clean=clean, every=EVERY, seed=seed, stop=stop)
@@ -291,23 +286,25 @@ class Study:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reduced", action="store_true", help="128², depth 5, two photographs, two seeds")
+    parser.add_argument("--tiny", action="store_true", help="64², depth 4, two photographs, one seed")
     parser.add_argument("--draw", action="store_true", help="only table and picture, from the results")
     parser.add_argument("--stored", action="store_true", help="judge what a paper's search has reached, no more steps")
-    parser.add_argument("--only", default="", help=f"settings out of {','.join([*SETTINGS, *_PAPERS])}")
+    parser.add_argument("--only", default="", help=f"settings out of {','.join({**SETTINGS, **REACHING, **_PAPERS})}")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     only = tuple(arguments.only.split(",")) if arguments.only else ()
-    unknown = set(only) - {*SETTINGS, *_PAPERS}
+    unknown = set(only) - {*SETTINGS, *REACHING, *_PAPERS}
     if unknown:
         parser.error(f"expected settings out of {', '.join([*SETTINGS, *_PAPERS])}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
-    studies = [Study(preset) for preset in ((NARROW, REDUCED) if arguments.reduced else (FULL,))]
+    presets = (NARROW, REDUCED) if arguments.reduced else (TINY,) if arguments.tiny else (FULL,)
+    studies = [Study(preset) for preset in presets]
     if not arguments.draw:
         for study in studies:
             study.measure(only, stored=arguments.stored)
-    records = studies[0].records()
-    search_report.draw(records, RESULTS.with_suffix(".png"))
-    print(search_report.table(records))
+    found = studies[0].records()
+    search_report.draw(found, RESULTS.with_suffix(".png"))
+    print(search_report.table(found))
 
 
 if __name__ == "__main__":

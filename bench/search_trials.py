@@ -7,6 +7,7 @@ import torch
 from sparse_gen.engine.functional import training_copy
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.stack import initial_weights
+from sparse_gen.fitting.stop import Settled
 from sparse_gen.masks.sampled import SampledNetwork
 from sparse_gen.masks.selection import kept_count, prunable_layout
 from sparse_gen.ops.concrete_mask import concrete_mask
@@ -69,3 +70,32 @@ def trial(
             progress(step + 1, steps, {"loss": loss.item()})
         if step + 1 in at or step == steps - 1:
             yield step + 1, logits.detach().clone()
+
+
+class Exchanges(Settled):
+    """Notes what every window exchanges, and lets the search go on."""
+
+    def __init__(self, window: int = 100):
+        super().__init__(window, 0.0)
+        self.shares: list[float] = []
+
+    def update(self, step, logits, count, sizes=None) -> bool:
+        super().update(step, logits, count, sizes)
+        self.stopped_at.fill_(-1)
+        if (step + 1) % self.window == 0:
+            self.shares.append(round(self.exchanged.item(), 4))
+        return False
+
+
+class Snapshots(Exchanges):
+    """Stores the logits after some steps of a long search."""
+
+    def __init__(self, at, store):
+        super().__init__()
+        self.at, self.store = at, store
+
+    def update(self, step, logits, count, sizes=None) -> bool:
+        super().update(step, logits, count, sizes)
+        if step + 1 in self.at:
+            self.store(step + 1, logits)
+        return False
