@@ -39,7 +39,7 @@ class MaskedConvStep(Step):
 
     def forward(self, inputs, parameters, trains):
         weight, *bias = (parameter[None] for parameter in parameters)
-        x = ops.apply_load(*inputs[0]) if isinstance(inputs[0], Loaded) else inputs[0]
+        x = ops.apply_load(*inputs[0][:2]) if isinstance(inputs[0], Loaded) else inputs[0]
         source, arguments = self._source(x)
         return masked_conv2d_forward(source, weight, bias[0] if bias else None, *arguments), x
 
