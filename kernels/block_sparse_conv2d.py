@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from sparse_gen.kernels.block_lists import CHUNK, block_lists
+from sparse_gen.kernels.fold import fold, plane_of
 from sparse_gen.kernels.gather import Geometry, load_image, multiply
-from sparse_gen.kernels.masked_conv2d_gradients import fold, plane_of
 from sparse_gen.kernels.splits import add_splits, precision_of_torch, split, tile
 
 
@@ -322,7 +322,7 @@ def _input_gradient(grad_out, values, lists, geometry, shape):
         *grad_out.shape[1:], values.shape[1], lists.items.shape[1], block, tiles, iterations,
         STRIDE=stride, OFFSET=offset, PRECISION=precision, **blocks,
     )  # fmt: skip
-    return fold(parts[0] if splits == 1 else add_splits(parts), geometry, shape)
+    return fold(parts, geometry, shape)
 
 
 def _values_gradient(grad_out, x, values, order, columns, starts, lists, block, geometry):

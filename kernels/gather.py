@@ -43,6 +43,14 @@ class Geometry:
         """How many pixels one element is made of."""
         return (4 if self.box else 1) * (4 if self.upsample == 2 else 1)
 
+    @property
+    def summed(self) -> bool:
+        """Whether the input's gradient can be had on the small image: the 2×2 pixels of each then share 16 taps.
+
+        Padding of one up-sampled pixel repeats the small image's border, reflected as well as replicated.
+        """
+        return self.upsample == 1 and self.stride == self.padding == 1 and self.kernel_h == self.kernel_w == 3
+
     def plane(self, length: int) -> int:
         """Side of what the kernel slides over."""
         return length * self.scale + 2 * self.padding - self.box

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
+from sparse_gen.kernels.fold import fold
 from sparse_gen.kernels.gather import Geometry, load_image, multiply
-from sparse_gen.kernels.masked_conv2d_gradients import input_gradient, weight_gradient
+from sparse_gen.kernels.masked_conv2d_gradients import added, gradients
 from sparse_gen.kernels.splits import add_splits, column_moments, precision_of_torch, split, tile
 
 
@@ -101,20 +102,11 @@ def _forward_kernel(
     tl.store(p_out + o_out[None, :] * pixels + o_pixel[:, None], b_out, mask=m_pixel[:, None] & m_out[None, :])
 
 
-def convolve(x, weight, bias, geometry: Geometry, *, load=None, moments=False, precision="tf32"):
-    """Convolve with everything that can be done on load and on store.
-
-    Args:
-        x: (E, channels, H, W), float32, contiguous like all others.
-        weight: (E, out, channels, kernel_h, kernel_w).
-        bias: (E, out), or None.
-        geometry: padding, resampling and stride.
-        load: (E, channels, 5), see `sparse_gen.ops.norm_load`, through which x is read, or None.
-        moments: whether mean and sum of squared deviations of the output's blocks are wanted as well.
-        precision: "ieee", "tf32" or "bf16".
+def convolved_parts(x, weight, bias, geometry: Geometry, *, load=None, moments=False, precision="tf32"):
+    """As `convolve`, but for the sum: parts (splits, E, out, H'·W'), without bias and moments where there are several.
 
     Returns:
-        The output, (E, out, H', W'), and the moments, (E, out, blocks, 2) of `moments_span` pixels a block, or None.
+        The parts, the moments (there only if there is one part), and how many pixels share one pair of them.
     """
     experiments, out_channels, channels = weight.shape[:3]
     height, width = geometry.output(x)
@@ -131,19 +123,35 @@ def convolve(x, weight, bias, geometry: Geometry, *, load=None, moments=False, p
         LOAD=load is not None, BIAS=whole and bias is not None, MOMENTS=whole and moments,
         PRECISION=precision, **blocks,
     )  # fmt: skip
-    out = parts[0] if whole else add_splits(parts, bias, pairs, blocks["BLOCK_P"] if moments else 1024)
-    return out.view(experiments, out_channels, height, width), pairs
+    return parts, pairs, blocks["BLOCK_P"]
 
 
-def moments_span(geometry: Geometry, x: torch.Tensor, weight: torch.Tensor, precision: str = "tf32") -> int:
-    """How many pixels share one pair of `convolve`'s moments."""
-    height, width = geometry.output(x)
-    return tile(height * width, weight.shape[1], weight.shape[2], precision, geometry.gathers)["BLOCK_P"]
+def convolve(x, weight, bias, geometry: Geometry, *, load=None, moments=False, precision="tf32"):
+    """Convolve with everything that can be done on load and on store.
+
+    Args:
+        x: (E, channels, H, W), float32, contiguous like all others.
+        weight: (E, out, channels, kernel_h, kernel_w).
+        bias: (E, out), or None.
+        geometry: padding, resampling and stride.
+        load: (E, channels, 5), see `sparse_gen.ops.norm_load`, through which x is read, or None.
+        moments: whether mean and sum of squared deviations of the output's blocks are wanted as well.
+        precision: "ieee", "tf32" or "bf16".
+
+    Returns:
+        The output, (E, out, H', W'), and the moments, (E, out, blocks, 2), or None, and how many pixels
+        share one pair of them.
+    """
+    parts, pairs, span = convolved_parts(
+        x, weight, bias, geometry, load=load, moments=moments, precision=precision
+    )  # fmt: skip
+    out = parts[0] if len(parts) == 1 else add_splits(parts, bias, pairs, span if moments else 1024)
+    return out.view(*weight.shape[:2], *geometry.output(x)), pairs, span
 
 
 def masked_conv2d_loaded(x, weight, bias, stride, padding, mode, upsample, pool, load):
     geometry = Geometry.of(weight.shape[3:], stride, padding, mode, upsample, pool)
-    out, _ = convolve(x, weight, bias, geometry, load=load, precision=precision_of_torch())
+    out, _, _ = convolve(x, weight, bias, geometry, load=load, precision=precision_of_torch())
     return F.avg_pool2d(out, 2) if pool and not geometry.box else out
 
 
@@ -151,16 +159,25 @@ def masked_conv2d_loaded_backward(
     grad_out, x, weight, stride, padding, mode, upsample, pool, load, needs_grad_x, needs_grad_weight
 ):
     geometry = Geometry.of(weight.shape[3:], stride, padding, mode, upsample, pool)
-    if pool and not geometry.box:
-        convolved = grad_out.new_empty(*grad_out.shape[:2], *geometry.output(x))
-        grad_out = torch.ops.aten.avg_pool2d_backward(
-            grad_out, convolved, [2, 2], [2, 2], [0, 0], False, True, None
-        ).contiguous()
-    precision, empty = precision_of_torch(), x.new_empty(0)
+    grad_out = unpooled(grad_out, x, geometry, pool)
+    plane, parts = gradients(
+        grad_out, x, weight, geometry, load=load, precision=precision_of_torch(),
+        of_plane=needs_grad_x, of_weight=needs_grad_weight,
+    )  # fmt: skip
     return (
-        input_gradient(grad_out, weight, geometry, x.shape, precision) if needs_grad_x else empty,
-        weight_gradient(grad_out, x, geometry, load=load, precision=precision) if needs_grad_weight else empty,
+        fold(plane, geometry, x.shape) if needs_grad_x else x.new_empty(0),
+        added(parts).view(weight.shape) if needs_grad_weight else x.new_empty(0),
     )
+
+
+def unpooled(grad_out, x, geometry: Geometry, pool: bool):
+    """The gradient in front of a pool that is not folded."""
+    if not pool or geometry.box:
+        return grad_out
+    convolved = grad_out.new_empty(*grad_out.shape[:2], *geometry.output(x))
+    return torch.ops.aten.avg_pool2d_backward(
+        grad_out, convolved, [2, 2], [2, 2], [0, 0], False, True, None
+    ).contiguous()
 
 
 def masked_conv2d(x, weight, bias, stride, padding, mode, upsample, pool, _layout):

@@ -1,24 +1,24 @@
 """Gradients of `masked_conv2d`, as gathers.
 
-That of the image is a product of matrices onto the plane that the kernel slides over, and, where that plane is not the
-image itself, a second kernel that carries it back through 2×2 means, padding and up-sampling.
+That of the image is a product of matrices onto the plane that the kernel slides over; where that plane is not the image
+itself, `fold` carries it back.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
 import triton
 import triton.language as tl
-from torch.nn import functional as F
 
+from sparse_gen.kernels.fold import fold, plane_of
 from sparse_gen.kernels.gather import Geometry, load_image, multiply
 from sparse_gen.kernels.splits import add_splits, split, tile
 
 
 @triton.jit
-def _plane_gradient_kernel(
+def _plane_tile(
+    i_pixel,  # the tile's place: block of pixels, block of channels and phase, split and experiment
+    i_block,
+    i_part,
     p_grad_out,  # pointer to the output's gradient, shape (E, out_channels, out_h, out_w)
     p_weight,  # pointer to weights, shape (E, out_channels, channels, KERNEL_H, KERNEL_W)
     p_plane,  # pointer to output, shape (splits, E, channels, plane_h, plane_w)
@@ -34,16 +34,17 @@ def _plane_gradient_kernel(
     KERNEL_W: tl.constexpr,
     STRIDE: tl.constexpr,
     OFFSET: tl.constexpr,  # rows and columns of the padded plane before this one, which are not wanted
+    SUMMED: tl.constexpr,  # whether the plane is the small image's, see `Geometry.summed`
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,  # pixels
     BLOCK_N: tl.constexpr,  # channels
     BLOCK_K: tl.constexpr,  # output channels
+    STAGES: tl.constexpr,
 ):
-    i_pixel = tl.program_id(0)
     # Pixels of one phase of the stride see the same taps, one in stride².
-    i_phase = tl.program_id(1) % (STRIDE * STRIDE)
-    i_experiment = (tl.program_id(2) % experiments).to(tl.int64)
-    i_split = tl.program_id(2) // experiments
+    i_phase = i_block % (STRIDE * STRIDE)
+    i_experiment = (i_part % experiments).to(tl.int64)
+    i_split = i_part // experiments
     first_y = i_phase // STRIDE
     first_x = i_phase % STRIDE
     columns = (plane_w - first_x + STRIDE - 1) // STRIDE
@@ -56,32 +57,52 @@ def _plane_gradient_kernel(
     tap_x = (first_x + OFFSET) % STRIDE
     taps_x = (KERNEL_W - tap_x + STRIDE - 1) // STRIDE
     taps = (KERNEL_H - tap_y + STRIDE - 1) // STRIDE * taps_x
+    if SUMMED:
+        taps_x = 4
+        taps = 16
     o_y = o_row + (first_y + OFFSET) // STRIDE
     o_x = o_column + (first_x + OFFSET) // STRIDE
-    o_channel = tl.program_id(1) // (STRIDE * STRIDE) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_channel = i_block // (STRIDE * STRIDE) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_channel = o_channel < channels
     p_grad_out += i_experiment * out_channels * out_h * out_w
     p_weight += i_experiment * out_channels * channels * (KERNEL_H * KERNEL_W)
     last = tl.minimum((i_split + 1) * iterations, tl.cdiv(out_channels, BLOCK_K) * taps)
 
     b_plane = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    for i in range(i_split * iterations, last):
+    for i in tl.range(i_split * iterations, last, num_stages=STAGES):
         i_y = i % taps // taps_x
         i_x = i % taps % taps_x
         o_out = i // taps * BLOCK_K + tl.arange(0, BLOCK_K)
         m_out = o_out < out_channels
-        m_seen = m_pixel & (o_y >= i_y) & (o_y - i_y < out_h) & (o_x >= i_x) & (o_x - i_x < out_w)
+        if SUMMED:
+            o_row_out = 2 * o_y - 1 + i_y
+            o_column_out = 2 * o_x - 1 + i_x
+        else:
+            o_row_out = o_y - i_y
+            o_column_out = o_x - i_x
+        m_seen = m_pixel & (o_row_out >= 0) & (o_row_out < out_h) & (o_column_out >= 0) & (o_column_out < out_w)
         b_grad = tl.load(
-            p_grad_out + o_out[None, :] * (out_h * out_w) + ((o_y - i_y) * out_w + o_x - i_x)[:, None],
+            p_grad_out + o_out[None, :] * (out_h * out_w) + (o_row_out * out_w + o_column_out)[:, None],
             mask=m_seen[:, None] & m_out[None, :],
             other=0.0,
         )
-        i_tap = (tap_y + STRIDE * i_y) * KERNEL_W + tap_x + STRIDE * i_x
-        b_weight = tl.load(
-            p_weight + (o_out[:, None] * channels + o_channel[None, :]) * (KERNEL_H * KERNEL_W) + i_tap,
-            mask=m_out[:, None] & m_channel[None, :],
-            other=0.0,
-        )
+        p_taps = p_weight + (o_out[:, None] * channels + o_channel[None, :]) * (KERNEL_H * KERNEL_W)
+        m_weight = m_out[:, None] & m_channel[None, :]
+        if SUMMED:
+            # What 2×2 pixels see of one row (column) of the output: taps 2, 1 and 2, 0 and 1, or 0.
+            first_tap_y = tl.maximum(2 - i_y, 0) * KERNEL_W
+            last_tap_y = tl.minimum(3 - i_y, 2) * KERNEL_W
+            first_tap_x = tl.maximum(2 - i_x, 0)
+            last_tap_x = tl.minimum(3 - i_x, 2)
+            m_y = m_weight.to(tl.int32) * (last_tap_y - first_tap_y) > 0
+            m_x = m_weight.to(tl.int32) * (last_tap_x - first_tap_x) > 0
+            b_weight = tl.load(p_taps + first_tap_y + first_tap_x, mask=m_weight, other=0.0)
+            b_weight += tl.load(p_taps + first_tap_y + last_tap_x, mask=m_x, other=0.0)
+            b_weight += tl.load(p_taps + last_tap_y + first_tap_x, mask=m_y, other=0.0)
+            b_weight += tl.load(p_taps + last_tap_y + last_tap_x, mask=m_y & m_x, other=0.0)
+        else:
+            i_tap = (tap_y + STRIDE * i_y) * KERNEL_W + tap_x + STRIDE * i_x
+            b_weight = tl.load(p_taps + i_tap, mask=m_weight, other=0.0)
         b_plane = multiply(b_grad, b_weight, b_plane, PRECISION)
 
     o_place = (first_y + STRIDE * o_row) * plane_w + first_x + STRIDE * o_column
@@ -94,47 +115,10 @@ def _plane_gradient_kernel(
 
 
 @triton.jit
-def _fold_kernel(
-    p_plane,  # pointer to the plane's gradient, shape (rows, plane_h, plane_w)
-    p_grad_x,  # pointer to output, shape (rows, height, width)
-    p_place_y,  # pointers to what `_readers` gives for the rows, shape (most readers, height)
-    p_weight_y,
-    p_count_y,  # shape (height,)
-    p_place_x,  # and for the columns
-    p_weight_x,
-    p_count_x,
-    height,
-    width,
-    plane_h,
-    plane_w,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    i_row = tl.program_id(0).to(tl.int64)
-    o_y = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    o_x = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
-    m_y = o_y < height
-    m_x = o_x < width
-    # Away from the border few pixels read one; only programs at the border go on to the others.
-    count_y = tl.max(tl.load(p_count_y + o_y, mask=m_y, other=0))
-    count_x = tl.max(tl.load(p_count_x + o_x, mask=m_x, other=0))
-    p_plane += i_row * plane_h * plane_w
-    b_grad = tl.zeros([BLOCK_H, BLOCK_W], tl.float32)
-    for i_y in range(count_y):
-        o_place_y = tl.load(p_place_y + i_y * height + o_y, mask=m_y, other=0)
-        b_weight_y = tl.load(p_weight_y + i_y * height + o_y, mask=m_y, other=0.0)
-        for i_x in range(count_x):
-            o_place_x = tl.load(p_place_x + i_x * width + o_x, mask=m_x, other=0)
-            b_weight_x = tl.load(p_weight_x + i_x * width + o_x, mask=m_x, other=0.0)
-            b_weight = b_weight_y[:, None] * b_weight_x[None, :]
-            b_plane = tl.load(p_plane + o_place_y[:, None] * plane_w + o_place_x[None, :], mask=b_weight > 0, other=0.0)
-            b_grad += b_weight * b_plane
-    p_grad_x += i_row * height * width
-    tl.store(p_grad_x + o_y[:, None] * width + o_x[None, :], b_grad, mask=m_y[:, None] & m_x[None, :])
-
-
-@triton.jit
-def _weight_gradient_kernel(
+def _weight_tile(
+    i_row,  # the tile's place: block of channels and tap, block of output channels, split and experiment
+    i_column,
+    i_part,
     p_grad_out,  # pointer to the output's gradient, shape (E, out_channels, out_h * out_w)
     p_x,  # pointer to x, shape (E, channels, height, width)
     p_load,  # pointer to loads, shape (E, channels, 5); not read unless LOAD
@@ -159,14 +143,15 @@ def _weight_gradient_kernel(
     BLOCK_P: tl.constexpr,  # channels: the rows of the product
     BLOCK_N: tl.constexpr,  # output channels
     BLOCK_K: tl.constexpr,  # pixels
+    STAGES: tl.constexpr,
 ):
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    i_tap = tl.program_id(0) % TAPS
-    i_experiment = (tl.program_id(2) % experiments).to(tl.int64)
-    i_split = tl.program_id(2) // experiments
-    o_channel = tl.program_id(0) // TAPS * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_tap = i_row % TAPS
+    i_experiment = (i_part % experiments).to(tl.int64)
+    i_split = i_part // experiments
+    o_channel = i_row // TAPS * BLOCK_P + tl.arange(0, BLOCK_P)
     m_channel = o_channel < channels
-    o_out = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_out = i_column * BLOCK_N + tl.arange(0, BLOCK_N)
     m_out = o_out < out_channels
     pixels = out_h * out_w
     p_grad_out += i_experiment * out_channels * pixels
@@ -175,7 +160,7 @@ def _weight_gradient_kernel(
     last = tl.minimum((i_split + 1) * iterations, tl.cdiv(pixels, BLOCK_K))
 
     b_sum = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    for i in range(i_split * iterations, last):
+    for i in tl.range(i_split * iterations, last, num_stages=STAGES):
         o_pixel = i * BLOCK_K + tl.arange(0, BLOCK_K)
         m_pixel = o_pixel < pixels
         b_x = load_image(
@@ -205,104 +190,141 @@ def _weight_gradient_kernel(
     )
 
 
-def input_gradient(grad_out, weight, geometry: Geometry, shape, precision="tf32"):
-    """Gradient by the image that the convolution saw: behind BN and LeakyReLU, where those were applied on load.
+@triton.jit
+def _gradients_kernel(
+    p_grad_out,  # pointer to the output's gradient, shape (E, out_channels, out_h, out_w)
+    p_x,  # pointer to x, shape (E, channels, height, width); not read unless WEIGHT
+    p_load,  # pointer to loads, shape (E, channels, 5); not read unless LOAD
+    p_weight,  # pointer to weights, shape (E, out_channels, channels, KERNEL_H, KERNEL_W); not read unless PLANE
+    p_plane,  # pointers to outputs, see `_plane_tile` and `_weight_tile`
+    p_grad_weight,
+    experiments,
+    channels,
+    height,
+    width,
+    plane_h,
+    plane_w,
+    out_channels,
+    out_h,
+    out_w,
+    plane_programs,  # the first programs; the others are the weight's
+    plane_rows,  # blocks along the first two axes of a tile's place, and iterations of a split
+    plane_columns,
+    plane_iterations,
+    weight_rows,
+    weight_columns,
+    weight_iterations,
+    PLANE: tl.constexpr,  # whether the plane's gradient is wanted
+    WEIGHT: tl.constexpr,  # whether the weight's is
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SUMMED: tl.constexpr,
+    MODE: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    BOX: tl.constexpr,
+    LOAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PLANE_P: tl.constexpr,
+    PLANE_N: tl.constexpr,
+    PLANE_K: tl.constexpr,
+    PLANE_STAGES: tl.constexpr,
+    WEIGHT_P: tl.constexpr,
+    WEIGHT_N: tl.constexpr,
+    WEIGHT_K: tl.constexpr,
+    WEIGHT_STAGES: tl.constexpr,
+):
+    i_program = tl.program_id(0)
+    if PLANE and i_program < plane_programs:
+        _plane_tile(
+            i_program % plane_rows, i_program // plane_rows % plane_columns, i_program // (plane_rows * plane_columns),
+            p_grad_out, p_weight, p_plane, experiments, channels, plane_h, plane_w, out_channels, out_h, out_w,
+            plane_iterations, KERNEL_H, KERNEL_W, STRIDE, OFFSET, SUMMED, PRECISION,
+            PLANE_P, PLANE_N, PLANE_K, PLANE_STAGES,
+        )  # fmt: skip
+    if WEIGHT and i_program >= plane_programs:
+        i_program -= plane_programs
+        _weight_tile(
+            i_program % weight_rows, i_program // weight_rows % weight_columns,
+            i_program // (weight_rows * weight_columns),
+            p_grad_out, p_x, p_load, p_grad_weight, experiments, channels, height, width, out_channels, out_h, out_w,
+            weight_iterations, KERNEL_H, KERNEL_W, STRIDE, PADDING, MODE, UPSAMPLE, BOX, LOAD, PRECISION,
+            WEIGHT_P, WEIGHT_N, WEIGHT_K, WEIGHT_STAGES,
+        )  # fmt: skip
+
+
+def gradients(grad_out, x, weight, geometry: Geometry, *, load=None, precision="tf32", of_plane=True, of_weight=True):
+    """The parts of both gradients, in one launch: neither alone keeps a GPU busy where the image is small.
 
     Args:
-        grad_out: (E, out, H', W').
-        weight: (E, out, channels, kernel_h, kernel_w).
-        geometry: the forward's.
-        shape: of x, (E, channels, H, W).
-        precision: "ieee", "tf32" or "bf16".
-    """
-    experiments, channels = shape[:2]
-    out_channels, stride = weight.shape[1], geometry.stride
-    plane_h, plane_w, offset = plane_of(geometry, shape)
-    phase = triton.cdiv(plane_h, stride) * triton.cdiv(plane_w, stride)
-    blocks = tile(phase, channels, out_channels, precision)
-    grid = triton.cdiv(phase, blocks["BLOCK_P"]), triton.cdiv(channels, blocks["BLOCK_N"]) * stride**2
-    taps = triton.cdiv(geometry.kernel_h, stride) * triton.cdiv(geometry.kernel_w, stride)
-    splits, iterations = split(grid[0] * grid[1], triton.cdiv(out_channels, blocks["BLOCK_K"]) * taps)
-    parts = grad_out.new_empty(splits, experiments, channels, plane_h * plane_w)
-    _plane_gradient_kernel[(*grid, experiments * splits)](
-        grad_out, weight, parts, experiments, channels, plane_h, plane_w, out_channels, *grad_out.shape[2:],
-        iterations, KERNEL_H=geometry.kernel_h, KERNEL_W=geometry.kernel_w, STRIDE=stride, OFFSET=offset,
-        PRECISION=precision, **blocks,
-    )  # fmt: skip
-    return fold(parts[0] if splits == 1 else add_splits(parts), geometry, shape)
-
-
-def plane_of(geometry: Geometry, shape) -> tuple[int, int, int]:
-    """Height and width of the plane that is wanted, and rows and columns of the padding that are not.
-
-    Of an image padded with zeros only the inside is wanted.
-    """
-    offset = 0 if geometry.mode or geometry.box else geometry.padding
-    return *(geometry.plane(length) - 2 * offset for length in shape[2:]), offset
-
-
-@lru_cache(maxsize=256)
-def _readers(length: int, padding: int, mode: int, upsample: int, box: bool, device: torch.device):
-    """Along one axis, who reads each pixel: places in the plane, weights, and how many; both axes do alike.
+        grad_out: (E, out, H', W'), float32, contiguous like all others.
+        x, weight, geometry, load, precision: the forward's.
+        of_plane, of_weight: which are wanted.
 
     Returns:
-        Places, (most, length) int32, and weights, (most, length), 0 beyond the count, and counts, (length,) int32.
+        The parts of the gradient of `plane_of`'s plane, (splits, E, channels, plane_h · plane_w), and of the weight,
+        (splits, E, out, channels · taps), each to be added over the splits; None where not wanted.
     """
-    large = torch.arange(length * (2 if upsample else 1), dtype=torch.float64)
-    pad = {"mode": "constant", "value": -1} if mode == 0 else {"mode": ("reflect", "replicate")[mode - 1]}
-    source = F.pad(large[None, None], [padding] * 2, **pad)[0, 0].long() if padding else large.long()
-    place = torch.arange(len(source))
-    if box:
-        source, place = torch.cat([source[:-1], source[1:]]), place[:-1].repeat(2)
-    place, source = place[source >= 0], source[source >= 0]
-    weight = torch.full(source.shape, 0.5 if box else 1.0)
-    if upsample == 1:
-        source = source // 2
-    elif upsample == 2:
-        above = torch.cat([(source + 1) // 2 - 1, (source + 1) // 2]).clamp(0, length - 1)
-        below = 0.75 - 0.5 * (source % 2)
-        source, place, weight = above, place.repeat(2), weight.repeat(2) * torch.cat([1 - below, below])
-    pairs = torch.sparse_coo_tensor(torch.stack([source, place]), weight, check_invariants=True).coalesce()
-    source, place = pairs.indices()
-    counts = torch.bincount(source, minlength=length)
-    rank = torch.arange(len(source)) - (counts.cumsum(0) - counts)[source]
-    places = torch.zeros(int(counts.max()), length, dtype=torch.int32)
-    weights = torch.zeros(places.shape)
-    places[rank, source], weights[rank, source] = place.int(), pairs.values().float()
-    return places.to(device), weights.to(device), counts.int().to(device)
-
-
-def fold(plane, geometry: Geometry, shape):
-    """Carry the gradient of `plane_of`'s plane back through 2×2 means, padding and up-sampling."""
-    experiments, channels, height, width = shape
-    plane_h, plane_w, offset = plane_of(geometry, shape)
-    if not (geometry.upsample or geometry.mode or geometry.box):
-        return plane.view(shape)
-    block_w = min(triton.next_power_of_2(width), 64)
-    block_h = min(triton.next_power_of_2(height), 1024 // block_w)
-    steps = geometry.padding - offset, geometry.mode, geometry.upsample, geometry.box, plane.device
-    grad_x = plane.new_empty(shape)
-    _fold_kernel[experiments * channels, triton.cdiv(height, block_h), triton.cdiv(width, block_w)](
-        plane, grad_x, *_readers(height, *steps), *_readers(width, *steps), height, width, plane_h, plane_w,
-        BLOCK_H=block_h, BLOCK_W=block_w,
-    )  # fmt: skip
-    return grad_x
-
-
-def weight_gradient(grad_out, x, geometry: Geometry, *, load=None, precision="tf32"):
-    """Gradient by the weight; x and load are the forward's."""
-    experiments, out_channels = grad_out.shape[:2]
-    channels, (height, width) = x.shape[1], grad_out.shape[2:]
-    taps = geometry.kernel_h * geometry.kernel_w
+    experiments, channels, *size = x.shape
+    out_channels, stride, taps = weight.shape[1], geometry.stride, geometry.kernel_h * geometry.kernel_w
+    plane_h, plane_w, offset = plane_of(geometry, x.shape)
+    pixels, phase = grad_out.shape[2] * grad_out.shape[3], triton.cdiv(plane_h, stride) * triton.cdiv(plane_w, stride)
+    plane, grad_weight = grad_out, grad_out
+    blocks = plane_blocks(phase, channels, out_channels, precision, geometry)
+    rows, columns = triton.cdiv(phase, blocks["BLOCK_P"]), triton.cdiv(channels, blocks["BLOCK_N"]) * stride**2
+    taps_of_phase = triton.cdiv(geometry.kernel_h, stride) * triton.cdiv(geometry.kernel_w, stride)
+    taps_of_phase = 16 if geometry.summed else taps_of_phase
+    splits, iterations = split(rows * columns, triton.cdiv(out_channels, blocks["BLOCK_K"]) * taps_of_phase)
+    programs = plane_programs = rows * columns * splits * experiments if of_plane else 0
+    if of_plane:
+        plane = grad_out.new_empty(splits, experiments, channels, plane_h * plane_w)
     # 64 rows at least: tensor cores of sm_90 take no fewer.
-    blocks = tile(64, out_channels, height * width, precision, geometry.gathers)
-    grid = triton.cdiv(channels, blocks["BLOCK_P"]) * taps, triton.cdiv(out_channels, blocks["BLOCK_N"])
-    splits, iterations = split(grid[0] * grid[1], triton.cdiv(height * width, blocks["BLOCK_K"]))
-    parts = x.new_empty(splits, experiments, out_channels, channels * taps)
-    _weight_gradient_kernel[(*grid, experiments * splits)](
-        grad_out, x, x if load is None else load, parts, experiments, channels, *x.shape[2:],
-        out_channels, height, width, iterations, **geometry.constants(), LOAD=load is not None,
-        PRECISION=precision, **blocks,
+    own = tile(64, out_channels, pixels, precision, geometry.gathers)
+    own_rows, own_columns = triton.cdiv(channels, own["BLOCK_P"]) * taps, triton.cdiv(out_channels, own["BLOCK_N"])
+    own_splits, own_iterations = split(own_rows * own_columns, triton.cdiv(pixels, own["BLOCK_K"]))
+    if of_weight:
+        grad_weight = grad_out.new_empty(own_splits, experiments, out_channels, channels * taps)
+        programs += own_rows * own_columns * own_splits * experiments
+    _gradients_kernel[(programs,)](
+        grad_out, x, x if load is None else load, weight, plane, grad_weight,
+        experiments, channels, *size, plane_h, plane_w, out_channels, *grad_out.shape[2:],
+        plane_programs, rows, columns, iterations, own_rows, own_columns, own_iterations,
+        PLANE=of_plane, WEIGHT=of_weight, OFFSET=offset, SUMMED=geometry.summed, **geometry.constants(),
+        LOAD=load is not None, PRECISION=precision, **launch_options(blocks, own),
     )  # fmt: skip
-    grad_weight = parts[0] if splits == 1 else add_splits(parts)
-    return grad_weight.view(experiments, out_channels, channels, geometry.kernel_h, geometry.kernel_w)
+    return plane if of_plane else None, grad_weight if of_weight else None
+
+
+def plane_blocks(pixels: int, channels: int, out_channels: int, precision: str, geometry: Geometry) -> dict[str, int]:
+    """The tile of the plane's product."""
+    blocks = tile(pixels, channels, out_channels, precision)
+    # Sums of weights take shared memory of their own.
+    return blocks | {"num_stages": min(2, blocks["num_stages"])} if geometry.summed else blocks
+
+
+def launch_options(plane: dict[str, int], weight: dict[str, int]) -> dict[str, int]:
+    """Constants and options of `_gradients_kernel` with these two tiles."""
+    constants = {"num_warps": max(plane["num_warps"], weight["num_warps"])}
+    for name, blocks in (("PLANE", plane), ("WEIGHT", weight)):
+        constants |= {f"{name}_{axis}": blocks[f"BLOCK_{axis}"] for axis in "PNK"}
+        constants[f"{name}_STAGES"] = blocks["num_stages"]
+    return constants
+
+
+def input_gradient(grad_out, x, weight, geometry: Geometry, precision="tf32"):
+    """Gradient by the image that the convolution saw: behind BN and LeakyReLU, where those were applied on load."""
+    plane, _ = gradients(grad_out, x, weight, geometry, precision=precision, of_weight=False)
+    return fold(plane, geometry, x.shape)
+
+
+def added(parts):
+    """The sum over the splits."""
+    return parts[0] if len(parts) == 1 else add_splits(parts)
+
+
+def weight_gradient(grad_out, x, weight, geometry: Geometry, *, load=None, precision="tf32"):
+    """Gradient by the weight, whose values play no part; x and load are the forward's."""
+    _, parts = gradients(grad_out, x, weight, geometry, load=load, precision=precision, of_plane=False)
+    return added(parts).view(weight.shape)

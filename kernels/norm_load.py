@@ -48,7 +48,9 @@ def _block_moments(b_value, m_value, numel, eps):
 
 @triton.jit
 def _row_load_kernel(
-    p_x,  # pointer to x, shape (rows, numel)
+    p_x,  # pointer to x, shape (rows, numel), or to its parts, shape (splits, rows, numel)
+    p_bias,  # pointer to a bias a row, shape (rows,), which the parts lack; not read unless BIAS
+    p_sum,  # pointer to output, the sum of the parts, shape (rows, numel); not written unless ADD
     p_gamma,  # pointers to the first normalisation's parameters, shape (rows,)
     p_beta,
     p_gamma2,  # to the second's; not read unless SECOND
@@ -59,13 +61,23 @@ def _row_load_kernel(
     slope,
     eps2,
     numel,
+    splits,
     SECOND: tl.constexpr,
+    ADD: tl.constexpr,  # whether there are parts to add up
+    BIAS: tl.constexpr,
     BLOCK: tl.constexpr,  # from numel on
 ):
     i_row = tl.program_id(0).to(tl.int64)
     o_index = tl.arange(0, BLOCK)
     m_index = o_index < numel
     b_x = tl.load(p_x + i_row * numel + o_index, mask=m_index, other=0.0)
+    if ADD:
+        for i_split in range(1, splits):
+            i_part = i_split * tl.num_programs(0) + i_row
+            b_x += tl.load(p_x + i_part * numel + o_index, mask=m_index, other=0.0)
+        if BIAS:
+            b_x += tl.load(p_bias + i_row)
+        tl.store(p_sum + i_row * numel + o_index, b_x, mask=m_index)
     mean, rstd = _block_moments(b_x, m_index, numel, eps)
     factor, shift = _affine(p_gamma, p_beta, i_row, mean, rstd)
     mean2, rstd2, factor2, shift2 = 0.0, 1.0, 1.0, 0.0
@@ -79,21 +91,23 @@ def _row_load_kernel(
 @triton.jit
 def _activated_moments_kernel(
     p_x,  # pointer to x, shape (rows, numel)
-    p_first,  # pointer to the splits' moments of x, shape (rows, splits, 2)
+    p_first,  # pointer to the splits' moments of x, shape (rows, first_splits, 2)
     p_gamma,  # pointers to the first normalisation's parameters, shape (rows,)
     p_beta,
     p_second,  # pointer to output, the splits' moments of what it gives, shape (rows, splits, 2)
     eps,
     slope,
     numel,
+    first_splits,
     splits,
+    FIRST_SPAN: tl.constexpr,  # values to a split of the first moments
+    FIRST_SPLITS: tl.constexpr,  # a power of two from first_splits on
     BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,  # blocks to a split
-    SPLITS: tl.constexpr,  # a power of two from splits on
+    STEPS: tl.constexpr,  # blocks to a split of the second
 ):
     i_split = tl.program_id(1)
     i_row = tl.program_id(0).to(tl.int64)
-    mean, squares = _join_moments(p_first + 2 * i_row * splits, numel, STEPS * BLOCK, SPLITS)
+    mean, squares = _join_moments(p_first + 2 * i_row * first_splits, numel, FIRST_SPAN, FIRST_SPLITS)
     factor, shift = _affine(p_gamma, p_beta, i_row, mean, 1 / tl.sqrt(squares / numel + eps))
     start = i_split * STEPS * BLOCK
     around = tl.load(p_x + i_row * numel + start) * factor + shift
@@ -115,7 +129,7 @@ def _activated_moments_kernel(
 
 @triton.jit
 def _join_load_kernel(
-    p_first,  # pointers to the splits' moments of both normalisations, shape (rows, splits, 2)
+    p_first,  # pointers to the splits' moments of both normalisations, shape (rows, first_splits or splits, 2)
     p_second,
     p_gamma,  # pointers to their parameters, shape (rows,)
     p_beta,
@@ -127,13 +141,16 @@ def _join_load_kernel(
     slope,
     eps2,
     numel,
+    first_splits,
     splits,
     SECOND: tl.constexpr,
-    SPAN: tl.constexpr,  # values to a split
+    FIRST_SPAN: tl.constexpr,  # values to a split
+    FIRST_SPLITS: tl.constexpr,
+    SPAN: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    mean, squares = _join_moments(p_first + 2 * i_row * splits, numel, SPAN, SPLITS)
+    mean, squares = _join_moments(p_first + 2 * i_row * first_splits, numel, FIRST_SPAN, FIRST_SPLITS)
     rstd = 1 / tl.sqrt(squares / numel + eps)
     factor, shift = _affine(p_gamma, p_beta, i_row, mean, rstd)
     mean2, rstd2, factor2, shift2 = 0.0, 1.0, 1.0, 0.0
@@ -163,29 +180,52 @@ def _apply_load_kernel(
 
 
 def norm_load(x, gamma, beta, eps, slope, gamma2, beta2, eps2):
+    norms = (gamma, beta, eps, slope, gamma2, beta2, eps2)
     rows, numel = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
-    load, moments = gamma.new_empty(*gamma.shape, 5), gamma.new_empty(*gamma.shape, 4)
-    second = gamma2 is not None
-    parameters = (gamma, beta, gamma2 if second else gamma, beta2 if second else beta)
     if numel <= norm_act.ROW:
-        block = triton.next_power_of_2(numel)
-        _row_load_kernel[(rows,)](
-            x, *parameters, load, moments, eps, slope, eps2, numel, SECOND=second, BLOCK=block, num_warps=_warps(block)
-        )
-        return load, moments
+        return load_of_parts(x[None], None, *norms)[1:]
+    splits, steps = norm_act._split(numel)
+    first, block = x.new_empty(*x.shape[:2], splits, 2), norm_act.ROW
+    _moments_kernel[rows, splits](x, first, numel, splits, BLOCK=block, STEPS=steps, num_warps=_warps(block))
+    return load_of_moments(x, first, block * steps, *norms)
+
+
+def load_of_parts(parts, bias, gamma, beta, eps, slope, gamma2, beta2, eps2):
+    """From the parts of an image of at most `norm_act.ROW` pixels, (splits, E, C, H, W), and a bias (E, C) or None.
+
+    Returns:
+        Their sum, the load and the moments.
+    """
+    splits, rows, numel = len(parts), parts.shape[1] * parts.shape[2], parts.shape[3] * parts.shape[4]
+    load, moments = gamma.new_empty(*gamma.shape, 5), gamma.new_empty(*gamma.shape, 4)
+    second, add, biased = gamma2 is not None, splits > 1 or bias is not None, bias is not None
+    x, block = torch.empty_like(parts[0]) if add else parts[0], triton.next_power_of_2(numel)
+    _row_load_kernel[(rows,)](
+        parts, bias if biased else parts, x, gamma, beta, gamma2 if second else gamma, beta2 if second else beta,
+        load, moments, eps, slope, eps2, numel, splits,
+        SECOND=second, ADD=add, BIAS=biased, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return x, load, moments
+
+
+def load_of_moments(x, first, span, gamma, beta, eps, slope, gamma2, beta2, eps2):
+    """The load and the moments from those of every `span` values of x, (E, C, splits, 2)."""
+    rows, numel, first_splits = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], first.shape[2]
+    load, moments = gamma.new_empty(*gamma.shape, 5), gamma.new_empty(*gamma.shape, 4)
+    second, behind = gamma2 is not None, first
     splits, steps = norm_act._split(numel)
     block, power = norm_act.ROW, triton.next_power_of_2(splits)
-    first = x.new_empty(rows, splits, 2)
-    _moments_kernel[rows, splits](x, first, numel, splits, BLOCK=block, STEPS=steps, num_warps=_warps(block))
-    behind = torch.empty_like(first) if second else first
+    of_first = {"FIRST_SPAN": span, "FIRST_SPLITS": triton.next_power_of_2(first_splits)}
     if second:
+        behind = x.new_empty(rows, splits, 2)
         _activated_moments_kernel[rows, splits](
-            x, first, gamma, beta, behind, eps, slope, numel, splits,
-            BLOCK=block, STEPS=steps, SPLITS=power, num_warps=_warps(block),
+            x, first, gamma, beta, behind, eps, slope, numel, first_splits, splits,
+            **of_first, BLOCK=block, STEPS=steps, num_warps=_warps(block),
         )  # fmt: skip
     _join_load_kernel[(rows,)](
-        first, behind, *parameters, load, moments, eps, slope, eps2, numel, splits,
-        SECOND=second, SPAN=block * steps, SPLITS=power, num_warps=1,
+        first, behind, gamma, beta, gamma2 if second else gamma, beta2 if second else beta, load, moments,
+        eps, slope, eps2, numel, first_splits, splits,
+        SECOND=second, **of_first, SPAN=block * steps, SPLITS=power, num_warps=4 if first_splits > 256 else 1,
     )  # fmt: skip
     return load, moments
 

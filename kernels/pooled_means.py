@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sparse_gen.kernels.fold import fold
 from sparse_gen.kernels.gather import Geometry, load_image
-from sparse_gen.kernels.masked_conv2d_gradients import fold
 
 
 @triton.jit
@@ -49,4 +49,4 @@ def pooled_means(x, load, padding, mode):
 def pooled_means_backward(grad_means, padding, mode):
     sizes = (length + 1 - 2 * padding for length in grad_means.shape[2:])
     shape = torch.Size((*grad_means.shape[:2], *sizes))
-    return fold(grad_means, Geometry.of((1, 1), 1, padding, mode, 0, True), shape)
+    return fold(grad_means[None], Geometry.of((1, 1), 1, padding, mode, 0, True), shape)

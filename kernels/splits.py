@@ -81,7 +81,8 @@ def split(programs: int, total: int) -> tuple[int, int]:
     Shapes of one experiment alone decide, so that it has the same bits alone and beside others.
     """
     total = max(total, 1)
-    iterations = max(triton.cdiv(total * programs, PROGRAMS), min(total, MIN_ITERATIONS))
+    # Rounded down: 128 programs in two splits each would take two rounds, and then have to be added.
+    iterations = max(triton.cdiv(total, max(PROGRAMS // max(programs, 1), 1)), min(total, MIN_ITERATIONS))
     return triton.cdiv(total, iterations), iterations
 
 

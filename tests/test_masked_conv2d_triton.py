@@ -154,6 +154,7 @@ def test_batch_norm_between_two_convolutions(kernel, monkeypatch, arguments, spl
     if splitting:
         monkeypatch.setattr("sparse_gen.kernels.splits.MIN_ITERATIONS", 1)
     norm_act = pytest.importorskip("sparse_gen.kernels.norm_act")
+    gradients = pytest.importorskip("sparse_gen.kernels.masked_conv2d_gradients")
     geometry = kernel.Geometry.of((3, 3), *arguments)
     before = kernel.Geometry.of((3, 3), 1, 1, 1, 0, False)
     tensors = [
@@ -161,11 +162,10 @@ def test_batch_norm_between_two_convolutions(kernel, monkeypatch, arguments, spl
         normal(2, 5, seed=4), normal(2, 5, seed=5), normal(2, 4, 5, 3, 3, seed=6),
     ]  # fmt: skip
     x, first, bias, gamma, beta, second = (t.to(DEVICE) for t in tensors)
-    middle, moments = kernel.convolve(x, first, bias, before, moments=True, precision="ieee")
-    span = kernel.moments_span(before, x, first, "ieee")
+    middle, moments, span = kernel.convolve(x, first, bias, before, moments=True, precision="ieee")
     assert moments.shape[2] == 2  # 66 pixels: one full block and a shorter one
     load, mean, rstd = norm_act.load_of_moments(moments, 66, span, gamma, beta, 1e-5, 0.2)
-    out, _ = kernel.convolve(middle, second, None, geometry, load=load, precision="ieee")
+    out, _, _ = kernel.convolve(middle, second, None, geometry, load=load, precision="ieee")
 
     x, first, bias, gamma64, beta64, second64 = leaves = [t.double().requires_grad_() for t in tensors]
     middle64 = dense(x, first, bias, 1, 1, 1, 0, False)
@@ -180,8 +180,8 @@ def test_batch_norm_between_two_convolutions(kernel, monkeypatch, arguments, spl
     gradient = normal(*want.shape, seed=7)
     expected = torch.autograd.grad(want, [middle64, *leaves[3:]], gradient.double())
     gradient = gradient.to(DEVICE)
-    grad_second = kernel.weight_gradient(gradient, middle, geometry, load=load, precision="ieee")
-    grad_activated = kernel.input_gradient(gradient, second, geometry, middle.shape, "ieee")
+    grad_second = gradients.weight_gradient(gradient, middle, second, geometry, load=load, precision="ieee")
+    grad_activated = gradients.input_gradient(gradient, middle, second, geometry, "ieee")
     behind = norm_act.norm_act_backward(grad_activated, middle, gamma, beta, mean, rstd, 0.2)
     for g, w in zip([*behind, grad_second], expected, strict=True):
         assert_close(g, w)
@@ -252,24 +252,28 @@ def test_forward_compiles_for_sm_90(kernel, precision, upsample, pool):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("precision", "stride"), [("ieee", 2), ("tf32", 1), ("tf32", 2), ("bf16", 2)])
-def test_plane_gradient_compiles_for_sm_90(kernel, precision, stride):
+@pytest.mark.parametrize(("precision", "upsample", "pool"), RESAMPLING)
+def test_both_gradients_compile_for_sm_90(kernel, precision, upsample, pool):
     splits = pytest.importorskip("sparse_gen.kernels.splits")
-    constants = {"KERNEL_H": 3, "KERNEL_W": 3, "STRIDE": stride, "OFFSET": 0}
-    code = machine_code(splits, "masked_conv2d_gradients", "_plane_gradient_kernel", constants, precision)
-    code.assert_within(shared=SHARED, registers=192)
-    assert_tensor_cores(code, precision)
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize(("precision", "upsample", "pool"), RESAMPLING[::2])
-def test_weight_gradient_compiles_for_sm_90(kernel, precision, upsample, pool):
-    splits = pytest.importorskip("sparse_gen.kernels.splits")
+    gradients = pytest.importorskip("sparse_gen.kernels.masked_conv2d_gradients")
     geometry = kernel.Geometry.of((3, 3), 1, 1, 1, upsample, pool)
-    code = machine_code(
-        splits, "masked_conv2d_gradients", "_weight_gradient_kernel", {"LOAD": True}, precision, geometry, rows=64
-    )  # fmt: skip
-    code.assert_within(shared=SHARED, registers=224)
+    options = gradients.launch_options(
+        gradients.plane_blocks(4096, 64, 64, precision, geometry),
+        splits.tile(64, 64, 4096, precision, geometry.gathers),
+    )
+    constants = {
+        "PLANE": True,
+        "WEIGHT": True,
+        "OFFSET": 0,
+        "SUMMED": geometry.summed,
+        "LOAD": True,
+        "PRECISION": precision,
+        **options,
+    }
+    launch = {"num_warps": constants.pop("num_warps")}
+    configuration = "_gradients_kernel", {}, constants | geometry.constants(), launch
+    (code,) = compile_for_sm_90("masked_conv2d_gradients", [configuration])
+    code.assert_within(shared=SHARED, registers=255)
     assert_tensor_cores(code, precision)
 
 
@@ -278,8 +282,6 @@ def test_passes_over_memory_compile_for_sm_90(kernel):
     splits = pytest.importorskip("sparse_gen.kernels.splits")
     tables = {f"p_{name}_{axis}": "*i32" for name in ("place", "count") for axis in "yx"}
     fold = {"BLOCK_H": 16, "BLOCK_W": 64}
-    machine_code(splits, "masked_conv2d_gradients", "_fold_kernel", fold, None, **tables).assert_within(
-        shared=4096, registers=96
-    )
+    machine_code(splits, "fold", "_fold_kernel", fold, None, **tables).assert_within(shared=4096, registers=96)
     add = {"BIAS": True, "MOMENTS": True, "BLOCK": 1024}
     machine_code(splits, "splits", "_add_splits_kernel", add, None).assert_within(shared=64, registers=64)

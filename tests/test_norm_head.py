@@ -103,3 +103,30 @@ def test_bad_arguments(change, message):
     good = {"x": torch.zeros(1, 3, 4, 4), "gamma": torch.ones(1, 3), "beta": torch.ones(1, 3)}
     with pytest.raises(ValueError, match=message):
         norm_head(**good | {"weight": torch.ones(1, 2, 3)} | change)
+
+
+def loaded_problem(dtype, sigmoid, size=(7, 6)):
+    """Arguments of `loaded_head` and `loaded_head_backward_`, and what they have to give."""
+    leaves, gradient = problem(2, 5, 3, size, dtype)
+    x, gamma, beta, weight, bias = (leaf.detach() for leaf in leaves)
+    exact = [leaf.double().clone().requires_grad_() for leaf in (x, gamma, beta, weight, bias)]
+    y = dense(*exact, 1e-5, 0.2)
+    y = y.sigmoid() if sigmoid else y
+    wanted = [y.detach(), *torch.autograd.grad(y, exact, gradient.double())]
+    load, moments = (
+        t.to(dtype) for t in torch.ops.sparse_gen.norm_load(*exact[:3], 1e-5, 0.2, None, None, 0.0)
+    )  # fmt: skip
+    output = y.detach().to(dtype) if sigmoid else None
+    backward = (gradient, output, x.clone(), gamma, beta, weight, moments.detach(), 0.2)
+    return (x, load.detach(), weight, bias, sigmoid), backward, wanted
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_with_a_load(sigmoid):
+    forward, backward, wanted = loaded_problem(torch.float64, sigmoid)
+    y = torch.ops.sparse_gen.loaded_head(*forward)
+    grads = torch.ops.sparse_gen.loaded_head_backward_(*backward)
+    for got, want in zip([y, backward[2], *grads], wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    torch.library.opcheck(torch.ops.sparse_gen.loaded_head, forward)
+    torch.library.opcheck(torch.ops.sparse_gen.loaded_head_backward_, backward)

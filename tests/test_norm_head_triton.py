@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ahead_of_time import compile_for_sm_90
-from test_norm_head import dense, problem
+from test_norm_head import dense, loaded_problem, problem
 
 # DESIGN's "ieee": a float32 operator's norm-wise error against float64.
 TOLERANCE = 5e-6
@@ -64,16 +64,29 @@ def test_the_same_bits_beside_other_experiments(kernel):
     assert all(torch.equal(a, t[1:2]) for a, t in zip(alone, together, strict=True))
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_with_a_load(kernel, sigmoid):
+    forward, backward, wanted = loaded_problem(torch.float32, sigmoid, (17, 31))
+    forward, backward = ([t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in g] for g in (forward, backward))
+    y = kernel.loaded_head(*forward)
+    grads = kernel.loaded_head_backward_(*backward)
+    for g, want in zip([y, backward[2], *grads], wanted, strict=True):
+        assert g.shape == want.shape
+        assert (g.cpu().double() - want).norm() <= TOLERANCE * want.norm()
+
+
 @pytest.mark.aot
 def test_compiles_for_sm_90_without_spills():
     pytest.importorskip("sparse_gen.kernels.norm_head", reason="triton is not installed")
     shapes, options = {"OUT": 4, "BLOCK": 1024}, {"num_warps": 4}
+    loaded = {"SIGMOID": True, "STEP": 4}
     compiled = compile_for_sm_90(
         "norm_head",
         [
-            ("_head_kernel", {}, shapes | {"BIAS": True}, options),
-            ("_sums_kernel", {"slope": "fp32"}, shapes | {"STEPS": 4}, options),
-            ("_gradient_kernel", {"slope": "fp32"}, shapes | {"SPLITS": 64}, options),
+            ("_head_kernel", {}, shapes | {"BIAS": True, "SIGMOID": True}, options),
+            ("_sums_kernel", {"slope": "fp32"}, shapes | loaded | {"STEPS": 4}, options),
+            ("_gradient_kernel", {"slope": "fp32"}, shapes | loaded | {"SPLITS": 64}, options),
         ],
     )
     for code in compiled:

@@ -72,21 +72,25 @@ def test_the_moments_beside_a_large_mean(small_blocks, size):
 def test_compiles_for_sm_90_without_spills(kernel):
     row, most = kernel.norm_act.ROW, kernel.norm_act.MAX_SPLITS
     scalars, options = {"eps": "fp32", "slope": "fp32", "eps2": "fp32"}, {"num_warps": 8}
-    steps = {"BLOCK": row, "STEPS": 4, "SPLITS": most}
+    steps = {"BLOCK": row, "STEPS": 4}
+    of_first = {"FIRST_SPAN": 128, "FIRST_SPLITS": 2048}  # as a convolution leaves them at 512²
     second = {"SECOND": True}
     forward = [
-        ("_row_load_kernel", scalars, second | {"BLOCK": row}, options),
-        ("_activated_moments_kernel", scalars, steps, options),
-        ("_join_load_kernel", scalars, second | {"SPAN": 4 * row, "SPLITS": most}, {"num_warps": 1}),
+        ("_row_load_kernel", scalars, second | {"ADD": False, "BIAS": False, "BLOCK": row}, options),
+        ("_activated_moments_kernel", scalars, steps | of_first, options),
+        ("_join_load_kernel", scalars, second | of_first | {"SPAN": 4 * row, "SPLITS": most}, {"num_warps": 4}),
         ("_apply_load_kernel", {}, {"BLOCK": row}, options),
     ]
-    whole = {"SPLITS": most, "BLOCK": row}
+    tables = {f"p_{name}_{axis}": "*i32" for name in ("place", "count") for axis in "yx"}
+    given = scalars | tables
+    whole = {"FOLD": False, "ADD": False, "SPLITS2": most, "SPLITS": most, "BLOCK": row, "ADD_BLOCK": 1024}
+    steps |= {"SPLITS2": most}
     backward = [
         ("_sums_kernel", scalars, steps | second | {"OF_SECOND": True}, options),
         ("_sums_kernel", scalars, steps | second | {"OF_SECOND": False}, options),
-        ("_gradient_kernel", scalars, whole | second | {"WHOLE": False}, options),
-        ("_gradient_kernel", scalars, whole | second | {"WHOLE": True}, options),
-        ("_gradient_kernel", scalars, whole | {"SECOND": False, "WHOLE": True}, options),
+        ("_gradient_kernel", given, whole | second | {"WHOLE": False}, options),
+        ("_gradient_kernel", given, whole | second | {"WHOLE": True}, options),
+        ("_gradient_kernel", given, whole | {"SECOND": False, "WHOLE": True}, options),
     ]
     compiled = compile_for_sm_90("norm_load", forward) + compile_for_sm_90("norm_load_gradient", backward)
     for code in compiled:

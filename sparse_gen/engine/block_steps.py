@@ -38,7 +38,7 @@ class BlockConvStep(Step):
         self._pattern += (out_channels, kernel_h, kernel_w, stride, padding, mode)
 
     def _source(self, given: torch.Tensor | Loaded) -> torch.Tensor:
-        x, load = given if isinstance(given, Loaded) else (given.contiguous(), None)
+        x, load = given[:2] if isinstance(given, Loaded) else (given.contiguous(), None)
         if self._pool:
             return ops.pooled_means(x, load, *self._padding)
         return x if load is None else ops.apply_load(x, load)

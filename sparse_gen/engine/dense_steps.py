@@ -52,7 +52,7 @@ class MaskedConvStep(Step):
 
     def forward(self, inputs, parameters, trains):
         weight, bias = weight_and_bias(parameters)
-        x = ops.apply_load(*inputs[0]) if isinstance(inputs[0], Loaded) else inputs[0]
+        x = ops.apply_load(*inputs[0][:2]) if isinstance(inputs[0], Loaded) else inputs[0]
         source, arguments = self._source(x)
         parts = self._kept_parts(source)
         if parts is not None:

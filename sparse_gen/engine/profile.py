@@ -68,10 +68,15 @@ def profile(plan: Plan, program: Program, values: torch.Tensor, z: torch.Tensor,
             samples[value].append(seconds)
         samples[None].append(total - sum(taken.values()))
     ms = {value: 1e3 * median(seconds[1:]) for value, seconds in samples.items()}
-    by_name = {stage.name: ms[value] for value, (stage, _) in program.convolutions.items()}
+    runs_in = {value: program.runs_in.get(value, value) for value in program.convolutions}
+    by_name: dict[str, float] = {}
+    counted: set[int] = set()
+    for value, (stage, _) in program.convolutions.items():  # of two that run together, the first
+        by_name[stage.name] = 0.0 if runs_in[value] in counted else ms[runs_in[value]]
+        counted.add(runs_in[value])
     kinds: dict[str, float] = defaultdict(float)
     for value, milliseconds in ms.items():
-        if value is None or value in program.convolutions:
+        if value is None or value in counted:
             continue
         node = program.graph.nodes[value - 1]
         if weight := plain_weight(node, program.graph):

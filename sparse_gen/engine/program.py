@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ import torch
 
 from sparse_gen.engine.branches import Branch
 from sparse_gen.engine.compact import Compaction, compact, united
+from sparse_gen.engine.fused_step import ConvHeadStep, ConvNormStep, FusedConvStep
 from sparse_gen.engine.graph import Call, Concat, Conv, Graph, Norm, Select
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.layouts import ConvStage, make_step
@@ -48,6 +50,7 @@ class Program:
         compaction: what is left of every value; of masks that differ, in any of the experiments.
         graph: the whole network.
         convolutions: value → the convolution that computes it, with its layout.
+        runs_in: values of convolutions that run together with a normalisation → that one's value.
     """
 
     def __init__(
@@ -65,11 +68,12 @@ class Program:
         self._build(graph, layout.views(place), choose)
         del self._own
         self._slots.finish(self._device)
-        self._stages = _leave_norms_to_readers(self._stages)
+        self._stages, self.runs_in = _join_norms(_leave_norms_to_readers(self._stages))
         self._static = self._static_values(graph)
         for stage in self._stages:
             stage.step.constant_input = self._static.issuperset(stage.inputs)
             stage.step.owns_input = self._alone(stage)
+            stage.step.alone = self._selections_of(stage.value) == [None]
         self._last_reader = self._last_readers()
         self._of_changing: Program | None = None
         self._of_z = self._selection(torch.arange(graph.input_shape[0]), self.compaction.channels[0])
@@ -168,6 +172,11 @@ class Program:
         (x, *more) = stage.inputs or (0,)
         readers = sum(other.inputs.count(x) for other in self._stages)
         return not more and readers == 1 and stage.selections == (None,) and x in self.convolutions
+
+    def _selections_of(self, value: int) -> list[torch.Tensor | None]:
+        """What its readers take of a value."""
+        pairs = [pair for stage in self._stages for pair in zip(stage.inputs, stage.selections, strict=True)]
+        return [selection for x, selection in pairs if x == value]
 
     def _static_values(self, graph: Graph) -> set[int]:
         """Values that depend on z alone: no parameter is on the way."""
@@ -293,6 +302,32 @@ def _leave_norms_to_readers(stages: list[_Stage]) -> list[_Stage]:
         else:
             made[stage.value] = replace(stage, step=NormLoadStep(stage.norm))
     return [left for stage in stages if (left := made.get(stage.value, stage)) is not None]
+
+
+def _join_norms(stages: list[_Stage]) -> tuple[list[_Stage], dict[int, int]]:
+    """The same stages with convolutions joined to the normalisations that alone read them, and which were."""
+    readers = Counter(x for stage in stages for x in stage.inputs)
+    by_value = {stage.value: stage for stage in stages}
+    made: dict[int, _Stage] = {}
+    runs_in: dict[int, int] = {}
+    for stage in stages:
+        conv = by_value.get(stage.inputs[0]) if stage.inputs else None
+        joined = {NormLoadStep: ConvNormStep, NormHeadStep: ConvHeadStep}.get(type(stage.step))
+        able = joined is not None and conv is not None and isinstance(conv.step, FusedConvStep)
+        if able and readers[conv.value] == 1 and stage.selections == (None,):
+            step, slots = joined(conv.step, stage.step, len(conv.slots)), conv.slots + stage.slots
+            made[stage.value] = replace(
+                stage, step=step, inputs=conv.inputs, selections=conv.selections, slots=slots, norm=None
+            )
+            runs_in[conv.value] = stage.value
+        head = made.get(stage.inputs[0]) if isinstance(stage.step, SigmoidStep) else None
+        alone = head is not None and readers[head.value] == 1 and stage.selections == (None,)
+        if alone and isinstance(head.step, ConvHeadStep):
+            made[stage.value] = replace(head, step=head.step.with_sigmoid(), value=stage.value)
+            runs_in |= dict.fromkeys(
+                [*(v for v, where in runs_in.items() if where == head.value), head.value], stage.value
+            )
+    return [made.get(stage.value, stage) for stage in stages if stage.value not in runs_in], runs_in
 
 
 def _heads(graph: Graph, compaction: Compaction) -> dict[int, int]:

@@ -24,6 +24,7 @@ class Slots:
         self._gathered: torch.Tensor | None = None
         self._sizes: list[int] = []
         self._rows: dict[int, Rows] = {}
+        self._zeros: torch.Tensor | None = None
 
     def add(self, index: torch.Tensor) -> int:
         """Add a parameter whose entries stand at `index` (-1: a zero) and return its number.
@@ -82,7 +83,7 @@ class Slots:
         values = values[0]
         pieces = iter(())
         if self._gathered is not None:
-            extended = torch.cat([values, values.new_zeros(1)])
+            extended = torch.cat([values, self._nothing(1, values)])
             pieces = iter(extended.index_select(0, self._gathered).split(self._sizes))
         return [
             (next(pieces) if span is None else values[span[0] : span[1]]).view(1, *shape)
@@ -97,10 +98,10 @@ class Slots:
         flat = torch.cat(
             [
                 *(
-                    like.new_zeros(prod(shape)) if gradient is None else gradient.reshape(-1)
+                    self._nothing(prod(shape), like) if gradient is None else gradient.reshape(-1)
                     for gradient, shape in zip(gradients, self._shapes, strict=True)
                 ),
-                like.new_zeros(1),
+                self._nothing(1, like),
             ]
         )
         total = flat.index_select(0, self._source)
@@ -108,6 +109,13 @@ class Slots:
 
     def _piece(self, piece: int | tuple[int, int], gradients, like: torch.Tensor) -> torch.Tensor:
         if isinstance(piece, tuple):
-            return like.new_zeros(piece[1] - piece[0])
+            return self._nothing(piece[1] - piece[0], like)
         gradient, (start, end) = gradients[piece], self._ranges[piece]
-        return like.new_zeros(end - start) if gradient is None else gradient.reshape(-1)
+        return self._nothing(end - start, like) if gradient is None else gradient.reshape(-1)
+
+    def _nothing(self, count: int, like: torch.Tensor) -> torch.Tensor:
+        """Zeros, which are kept: on a GPU each time is a launch."""
+        known = self._zeros
+        if known is None or len(known) < count or (known.dtype, known.device) != (like.dtype, like.device):
+            self._zeros = known = like.new_zeros(count)
+        return known[:count]

@@ -24,10 +24,22 @@ Gradients = list[torch.Tensor | None]
 
 
 class Loaded(NamedTuple):
-    """A value that its readers see through a load, see `norm_load`: x (E, C, H, W) and load (E, C, 5)."""
+    """A value that its readers see through a load, see `norm_load`: x (E, C, H, W) and load (E, C, 5).
+
+    With `norm`, what `norm_conv_backward` takes of the normalisation, its one reader may go back through that as well,
+    and gives `BehindNorm`.
+    """
 
     x: torch.Tensor
     load: torch.Tensor | None
+    norm: tuple | None = None
+
+
+class BehindNorm(NamedTuple):
+    """The gradient of what was normalised, and those of the norms' four parameters."""
+
+    gradient: torch.Tensor
+    parameters: Tensors
 
 
 class Step:
@@ -42,12 +54,14 @@ class Step:
         constant_input: whether the input is the same at every step, so that what is made of it can be kept.
         owns_input: whether nobody else reads the input, so that the backward may write over it.
         splits: whether the gradient of its one input can be had by itself, from `input_gradient`, at no more cost.
+        alone: whether nobody else reads the value.
     """
 
     splits = False
     reads_loads = False
     constant_input = False
     owns_input = False
+    alone = False
 
     def forward(self, inputs: Tensors, parameters: Tensors, trains: bool) -> tuple[torch.Tensor, Any]:
         raise NotImplementedError
@@ -179,24 +193,25 @@ class NormLoadStep(Step):
     """`norm_load`: a normalisation, or two in a row, that the readers apply."""
 
     def __init__(self, norm: Norm, second: Norm | None = None):
-        self._eps, self._slope = norm.eps, norm.slope
-        self._second_eps = 0.0 if second is None else second.eps
+        self.numbers = norm.eps, norm.slope, 0.0 if second is None else second.eps
 
     def forward(self, inputs, parameters, trains):
         x = inputs[0].contiguous()
-        gamma, beta, gamma2, beta2 = self._rows(parameters)
-        load, moments = ops.norm_load(x, gamma, beta, self._eps, self._slope, gamma2, beta2, self._second_eps)
+        gamma, beta, gamma2, beta2 = self.rows(parameters)
+        eps, slope, eps2 = self.numbers
+        load, moments = ops.norm_load(x, gamma, beta, eps, slope, gamma2, beta2, eps2)
         return Loaded(x, load), (x, moments)
 
     def backward(self, gradient, kept, parameters, needs):
         x, moments = kept
-        gamma, beta, gamma2, beta2 = self._rows(parameters)
-        arguments = (gradient.contiguous(), x, gamma, beta, self._slope, gamma2, beta2, moments)
+        gamma, beta, gamma2, beta2 = self.rows(parameters)
+        arguments = (gradient.contiguous(), x, gamma, beta, self.numbers[1], gamma2, beta2, moments)
         grad_x, *grads = ops.norm_load_backward(*arguments)
         return [grad_x], grads[: len(parameters)]
 
     @staticmethod
-    def _rows(parameters):
+    def rows(parameters):
+        """Both norms' gamma and beta as the operators take them, None where there is no second."""
         return [*parameters, None, None][:4]
 
 
@@ -204,19 +219,19 @@ class NormHeadStep(Step):
     """`norm_head`: a normalisation and the 1×1 convolution to a few channels that alone reads it."""
 
     def __init__(self, norm: Norm):
-        self._eps, self._slope = norm.eps, norm.slope
+        self.numbers = norm.eps, norm.slope
 
     def forward(self, inputs, parameters, trains):
         x = inputs[0].contiguous()
         gamma, beta, weight, *bias = parameters
         given = (gamma, beta, weight.flatten(2), bias[0] if bias else None)
-        y, mean, rstd = ops.norm_head(x, *given, self._eps, self._slope)
+        y, mean, rstd = ops.norm_head(x, *given, *self.numbers)
         return y, (x, mean, rstd)
 
     def backward(self, gradient, kept, parameters, needs):
         x, mean, rstd = kept
         gamma, beta, weight, *bias = parameters
-        arguments = (gradient.contiguous(), x, gamma, beta, weight.flatten(2), mean, rstd, self._slope)
+        arguments = (gradient.contiguous(), x, gamma, beta, weight.flatten(2), mean, rstd, self.numbers[1])
         if self.owns_input:
             grad_x, grads = x, ops.norm_head_backward_(*arguments)
         else:
@@ -239,7 +254,7 @@ class SparseConvStep(Step):
 
     def _source(self, given: torch.Tensor | Loaded) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is convolved, and the load that it is read through."""
-        x, load = given if isinstance(given, Loaded) else (given.contiguous(), None)
+        x, load = given[:2] if isinstance(given, Loaded) else (given.contiguous(), None)
         return (ops.pooled_means(x, load, *self._padding), None) if self._pool else (x, load)
 
     def _prepared(self, given: torch.Tensor | Loaded) -> _OverPhases | None:
@@ -303,7 +318,7 @@ def _arguments(pattern: SparsePattern, padding: int, mode: int) -> tuple:
 class TapConvStep(Step):
     """`sparse_upsample_conv2d`: every tap on the small image."""
 
-    reads_loads = splits = True
+    reads_loads = True
 
     def __init__(self, conv: Conv, mask: torch.Tensor):
         taps = TapPattern.of(mask)
@@ -325,10 +340,6 @@ class TapConvStep(Step):
         arguments = (gradient, kept.x, values, *self._pattern, kept.load, needs[0], True)
         grad_x, grad_values = ops.sparse_upsample_conv2d_backward(*arguments)
         return [grad_x if needs[0] else None], [grad_values, *bias_gradient(gradient, bias)]
-
-    def input_gradient(self, gradient, kept, parameters):
-        arguments = (gradient, kept.x, parameters[0], *self._pattern, None, True, False)
-        return ops.sparse_upsample_conv2d_backward(*arguments)[0]
 
 
 class UpsampledSparseConvStep(Step):

@@ -3,6 +3,7 @@
 from sparse_gen.ops import (
     block_sparse_conv2d,
     concrete_mask,
+    conv_norm,
     dispatch,
     extension,
     masked_adam,
@@ -19,6 +20,7 @@ from sparse_gen.ops import (
 __all__ = [
     "block_sparse_conv2d",
     "concrete_mask",
+    "conv_norm",
     "dispatch",
     "extension",
     "masked_adam",

@@ -28,15 +28,15 @@ def masked_conv2d_reference(x, weight, bias, stride, padding, mode, upsample, po
     return F.avg_pool2d(convolved, 2) if pool else convolved
 
 
-def _output_size(length: int, kernel: int, stride: int, padding: int, upsample: int, pool: bool) -> int:
+def output_size(length: int, kernel: int, stride: int, padding: int, upsample: int, pool: bool) -> int:
     convolved = (length * (2 if upsample else 1) + 2 * padding - kernel) // stride + 1
     return convolved // 2 if pool else convolved
 
 
 def _fake(x, weight, bias, stride, padding, _mode, upsample, pool, _layout):
     _, out_channels, _, kernel_h, kernel_w = weight.shape
-    height = _output_size(x.shape[2], kernel_h, stride, padding, upsample, pool)
-    width = _output_size(x.shape[3], kernel_w, stride, padding, upsample, pool)
+    height = output_size(x.shape[2], kernel_h, stride, padding, upsample, pool)
+    width = output_size(x.shape[3], kernel_w, stride, padding, upsample, pool)
     return x.new_empty(len(x), out_channels, height, width)
 
 
@@ -191,7 +191,7 @@ def _check(x, weight, bias, stride, padding, padding_mode, upsample, pool, layou
     if padding_mode == "reflect" and padding >= min(height, width):
         raise ValueError(f"expected more than {padding} pixels a side to reflect, got {height}×{width}")
     sizes = [
-        _output_size(length, kernel, stride, padding, 0, pool)
+        output_size(length, kernel, stride, padding, 0, pool)
         for length, kernel in zip((height, width), weight.shape[3:], strict=True)
     ]
     if min(sizes) < 1:

@@ -11,6 +11,7 @@ import torch
 
 from sparse_gen.ops.dispatch import LIBRARY, register_operator
 from sparse_gen.ops.norm_act import norm_act_backward_reference, norm_act_reference
+from sparse_gen.ops.norm_load import apply_load_reference
 
 # More output channels than this no longer fit into registers beside each other.
 MOST_CHANNELS = 4
@@ -37,6 +38,19 @@ def norm_head_backward_in_place_reference(grad_out, x, *rest):
     return tuple(grads)
 
 
+def loaded_head_reference(x, load, weight, bias, sigmoid):
+    out = torch.einsum("eoc,echw->eohw", weight, apply_load_reference(x, load))
+    out = out if bias is None else out + bias[..., None, None]
+    return out.sigmoid() if sigmoid else out
+
+
+def loaded_head_backward_in_place_reference(grad_out, y, x, gamma, beta, weight, moments, slope):
+    grad_out = grad_out if y is None else grad_out * y * (1 - y)
+    mean, rstd = moments[..., 0], moments[..., 1]
+    grads = norm_head_backward_in_place_reference(grad_out, x, gamma, beta, weight, mean, rstd, slope)
+    return *grads, grad_out.sum(dim=(2, 3))
+
+
 register_operator(
     "norm_head(Tensor x, Tensor gamma, Tensor beta, Tensor weight, Tensor? bias, float eps, float slope)"
     " -> (Tensor, Tensor, Tensor)",
@@ -45,6 +59,24 @@ register_operator(
         x.new_empty(len(x), weight.shape[1], *x.shape[2:]),
         torch.empty_like(gamma),
         torch.empty_like(gamma),
+    ),
+)
+# Where the convolution in front has left load and moments, see `conv_norm`; with the sigmoid behind it, if wanted, of
+# which the backward asks for the output y. x becomes its gradient; the others are of gamma, beta, weight and bias.
+register_operator(
+    "loaded_head(Tensor x, Tensor load, Tensor weight, Tensor? bias, bool sigmoid) -> Tensor",
+    reference=loaded_head_reference,
+    fake=lambda x, load, weight, *_: x.new_empty(len(x), weight.shape[1], *x.shape[2:]),
+)
+register_operator(
+    "loaded_head_backward_(Tensor grad_out, Tensor? y, Tensor(a!) x, Tensor gamma, Tensor beta, Tensor weight,"
+    " Tensor moments, float slope) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=loaded_head_backward_in_place_reference,
+    fake=lambda grad_out, y, x, gamma, beta, weight, *_: (
+        torch.empty_like(gamma),
+        torch.empty_like(beta),
+        torch.empty_like(weight),
+        weight.new_empty(weight.shape[:2]),
     ),
 )
 register_operator(
