@@ -146,7 +146,7 @@ def test_the_same_bits_on_a_gpu_run_for_run_and_beside_other_experiments(upsampl
     leaf = values.detach().requires_grad_()
     out = sparse_upsample_conv2d(x, leaf, pattern, padding=1, padding_mode="reflect", upsample=upsample)
     assert torch.equal(torch.autograd.grad(out, leaf, shifted.copy_(2 * first[0]))[0], first[2])
-    # How many channels share a block goes by the blocks there are, and must not show.
+    # How many output channels share a block goes by the blocks there are, and must not show.
     for part, alone in zip(first, results(x[1:], values[1:]), strict=True):
         assert torch.equal(part[1:], alone)
 

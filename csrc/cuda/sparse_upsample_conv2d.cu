@@ -119,10 +119,11 @@ const char* backward(Body body, T* partial, T* grad_values, void* stream) {
 template <bool Linear, class T>
 const char* backward(const UpShape& s, const TapPattern& p, const T* grad_out, const SmallImage<T>& x, const T* values,
                      T* partial, T* grad_x, T* grad_values, void* stream) {
-  // In double there are no registers for more channels than one.
+  // In double there are no registers for more channels than one. One experiment's shape decides, so that its bits are
+  // the same beside others: the compiler may contract the two kernels' products differently.
   if constexpr (sizeof(T) == 4) {
     const UpBackward<T, Linear, kGradientChannels> many{s, p, grad_out, x, values, grad_x, nullptr, kMostWarps};
-    if (many.blocks() >= kEnoughBlocks) return backward(many, partial, grad_values, stream);
+    if (many.blocks() / s.experiments >= kEnoughBlocks) return backward(many, partial, grad_values, stream);
   }
   return backward(UpBackward<T, Linear, 1>{s, p, grad_out, x, values, grad_x, nullptr, kMostWarps}, partial, grad_values,
                   stream);
