@@ -19,6 +19,19 @@ class Memory:
         self.read: dict[str, int] = {}
 
 
+class Event(dict):
+    """How far each stream was; whatever comes after the host has waited for it, on any stream, knows of that."""
+
+    def __init__(self, known, streams):
+        super().__init__(known)
+        self._streams, self.synchronized = streams, False
+
+    def synchronize(self):
+        self.synchronized = True
+        for known in self._streams.values():
+            known.update({stream: max(done, known[stream]) for stream, done in self.items()})
+
+
 class PretendedStreams(TorchDispatchMode):
     """Two streams whose work is done at once, as `Streams` of a `Branch`; while active, every call is on one of them.
 
@@ -38,7 +51,7 @@ class PretendedStreams(TorchDispatchMode):
         self.calls = {MAIN: [], SIDE: []}
 
     def record(self):
-        return dict(self._known[self._current])
+        return Event(self._known[self._current], self._known)
 
     def wait(self, event):
         known = self._known[self._current]

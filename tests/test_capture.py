@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from parallel import MAIN, SIDE, PretendedStreams
 from problems import SIZE, problem, random_mask, small_net
 from recorded import OnDeviceOnly, RecordedSteps, Recorder
 
@@ -367,3 +368,48 @@ def test_late_values_are_those_of_their_time():
     late.flush()
     late.flush()
     assert seen == [(0, [1, 1]), (1, [2, 2]), (2, [3, 3])]
+
+
+def test_late_values_keep_shape_type_and_bits():
+    given = {
+        "": torch.tensor(-1),
+        "loss": torch.tensor([0.1, float("nan"), -0.0]),
+        "psnr": torch.rand(3, 2, dtype=torch.float64).T,
+        "ended": torch.tensor([True, False]),
+        "scalar": torch.tensor(0.5),
+    }
+    seen, late = [], Readback(late=True)
+    late.push(given, seen.append)
+    late.flush()
+    assert list(seen[0]) == list(given)
+    for name, value in given.items():
+        assert seen[0][name].dtype == value.dtype
+        torch.testing.assert_close(seen[0][name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_no_step_waits_for_late_values():
+    """They are copied beside the steps, from memory of their own, and the host waits for the copy alone."""
+    recorded, waits = [], []
+
+    class Streams(PretendedStreams):
+        def record(self):
+            recorded.append((self._current, super().record()))
+            return recorded[-1][1]
+
+        def wait(self, event):
+            waits.append(self._current)
+            super().wait(event)
+
+    streams, value, seen = Streams(), torch.zeros(2), []
+    late = Readback(late=True, streams=streams)
+    with streams:
+        for _ in range(4):
+            value += 1
+            late.push({"value": value, "": torch.zeros((), dtype=torch.int64)}, lambda v: seen.append(v["value"][0]))
+        late.flush()
+    assert [int(first) for first in seen] == [1, 2, 3, 4]
+    assert streams.calls[SIDE] == ["aten::copy_"] * 4
+    assert streams.calls[MAIN].count("aten::cat") == 4
+    assert waits == [SIDE] * 4
+    assert [event.synchronized for stream, event in recorded if stream == SIDE] == [True] * 4
+    assert not any(event.synchronized for stream, event in recorded if stream == MAIN)

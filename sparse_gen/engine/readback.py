@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 
 import torch
+
+from sparse_gen.engine.branches import CudaStreams, Streams
 
 Values = Mapping[str, torch.Tensor]
 
@@ -13,26 +16,53 @@ class Readback:
     """Hands values to the host: at once, or (`late`) when the next ones come.
 
     A read waits until the device has done all that was asked of it, and then the device waits for the host. Late values
-    were copied behind the work that gave them, and by the time of the next ones they have arrived; the host is then at
-    most that far ahead.
+    are put together behind the work that gave them and copied on a stream beside it, so that no step waits for the
+    copy; by the time of the next values they have arrived, and the host is at most that far ahead.
+
+    Args:
+        late: whether to wait for the next ones.
+        streams: of the device; made at the first values of a GPU by default.
     """
 
-    def __init__(self, late: bool):
-        self._late = late
-        self._waiting: tuple[Values, torch.cuda.Event | None, Callable[[Values], None]] | None = None
+    def __init__(self, late: bool, streams: Streams | None = None):
+        self._late, self._streams = late, streams
+        self._waiting: Callable[[], None] | None = None
 
     def push(self, values: Values, then: Callable[[Values], None]) -> None:
         """Call `then` with the values as they are now; late ones are on the CPU."""
         if not self._late:
             then(values)
             return
-        before, self._waiting = self._waiting, (*_on_their_way(values), then)
-        _hand_over(before)
+        before, self._waiting = self._waiting, self._on_their_way(values, then)
+        if before is not None:
+            before()
 
     def flush(self) -> None:
         """Hand over what is waiting."""
         before, self._waiting = self._waiting, None
-        _hand_over(before)
+        if before is not None:
+            before()
+
+    def _on_their_way(self, values: Values, then: Callable[[Values], None]) -> Callable[[], None]:
+        """What waits for the values and hands them over."""
+        described = {name: (value.shape, value.dtype) for name, value in values.items()}
+        packed = _packed(values)
+        if self._streams is None and packed.is_cuda:
+            self._streams = CudaStreams(packed.device)
+        if self._streams is None:
+            return lambda: then(_unpacked(packed, described))
+        host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=packed.is_cuda)
+        start = self._streams.record()
+        with self._streams.beside():
+            self._streams.wait(start)
+            host.copy_(packed, non_blocking=True)
+            arrived = self._streams.record()
+
+        def hand_over(_held: torch.Tensor = packed) -> None:  # until it has been read
+            arrived.synchronize()
+            then(_unpacked(host, described))
+
+        return hand_over
 
 
 def reporter(
@@ -61,23 +91,14 @@ def reporter(
     return report
 
 
-def _on_their_way(values: Values) -> tuple[Values, torch.cuda.Event | None]:
-    cuda = any(value.is_cuda for value in values.values())
-    there = {
-        name: torch.empty(value.shape, dtype=value.dtype, pin_memory=cuda).copy_(value.detach(), non_blocking=True)
-        for name, value in values.items()
-    }
-    if not cuda:
-        return there, None
-    event = torch.cuda.Event()
-    event.record()
-    return there, event
+def _packed(values: Values) -> torch.Tensor:
+    """All bytes in memory of their own, the widest numbers first, by one kernel."""
+    widest_first = sorted(values.values(), key=torch.Tensor.element_size, reverse=True)
+    return torch.cat([value.detach().reshape(-1).view(torch.uint8) for value in widest_first])
 
 
-def _hand_over(waiting) -> None:
-    if waiting is None:
-        return
-    values, event, then = waiting
-    if event is not None:
-        event.synchronize()
-    then(values)
+def _unpacked(host: torch.Tensor, values: dict[str, tuple[torch.Size, torch.dtype]]) -> Values:
+    sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in values.items()}
+    order = sorted(values, key=lambda name: values[name][1].itemsize, reverse=True)
+    pieces = dict(zip(order, host.split([sizes[name] for name in order]), strict=True))
+    return {name: pieces[name].view(dtype).view(shape) for name, (shape, dtype) in values.items()}
