@@ -16,7 +16,10 @@ from sparse_gen.kernels.norm_load_gradient import folded_gradient
 from sparse_gen.kernels.splits import precision_of_torch
 
 
-def conv_norm(x, weight, bias, stride, padding, mode, upsample, pool, load, *norms):
+def conv_norm(
+    x, weight, bias, stride, padding, mode, upsample, pool, load, gamma, beta, eps, slope, gamma2, beta2, eps2
+):
+    norms = (gamma, beta, eps, slope, gamma2, beta2, eps2)
     geometry, precision = Geometry.of(weight.shape[3:], stride, padding, mode, upsample, pool), precision_of_torch()
     if pool and not geometry.box:
         y = masked_conv2d_loaded(x, weight, bias, stride, padding, mode, upsample, pool, load)

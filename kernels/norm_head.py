@@ -216,7 +216,7 @@ def _backward(grad_out, y, x, gamma, beta, weight, mean, rstd, slope, grad_x):
     splits = triton.cdiv(numel, BLOCK * steps)
     sums = x.new_empty(rows, splits, 2 + 2 * power)
     grads = torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(weight), x.new_empty(weight.shape[:2])
-    options = {"SIGMOID": y is not None, "STEP": mean.stride(1), "OUT": power, "BLOCK": BLOCK, "num_warps": 4}
+    options = {"SIGMOID": y is not None, "STEP": mean.stride(1), "OUT": power, "BLOCK": BLOCK, "num_warps": 8}
     saved = (grad_out, grad_out if y is None else y, x, gamma, beta, weight, mean, rstd, sums)
     _sums_kernel[rows, splits](*saved, slope, channels, out, numel, splits, STEPS=steps, **options)
     _gradient_kernel[rows, triton.cdiv(numel, BLOCK)](

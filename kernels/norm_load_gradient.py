@@ -327,6 +327,11 @@ def _finish(grad, geometry, x, gamma, beta, slope, gamma2, moments, *, last=None
         more[0].numel() if add else 0, len(more) if add else 0,
         FOLD=geometry is not None, ADD=add, SECOND=second, SPLITS2=triton.next_power_of_2(sums2.shape[1]),
         SPLITS=triton.next_power_of_2(sums.shape[1]), BLOCK=block, WHOLE=whole, ADD_BLOCK=1024,
-        num_warps=4 if block < 1024 else _warps(block),
+        num_warps=_gradient_warps(block, geometry is not None),
     )  # fmt: skip
     return grad_x, grads, added
+
+
+def _gradient_warps(block: int, folds: bool) -> int:
+    """Folding a whole row of 4096 pixels, eight warps would need 226 registers a thread."""
+    return max(4, _warps(block)) * (2 if folds else 1)

@@ -85,10 +85,10 @@ def test_compiles_for_sm_90_without_spills():
         "norm_head",
         [
             ("_head_kernel", {}, shapes | {"BIAS": True, "SIGMOID": True}, options),
-            ("_sums_kernel", {"slope": "fp32"}, shapes | loaded | {"STEPS": 4}, options),
-            ("_gradient_kernel", {"slope": "fp32"}, shapes | loaded | {"SPLITS": 64}, options),
+            ("_sums_kernel", {"slope": "fp32"}, shapes | loaded | {"STEPS": 4}, {"num_warps": 8}),
+            ("_gradient_kernel", {"slope": "fp32"}, shapes | loaded | {"SPLITS": 64}, {"num_warps": 8}),
         ],
     )
-    for code in compiled:
-        # Sums over a block's pixels; 168 registers leave room for three programs of 128 threads.
-        code.assert_within(shared=2048, registers=168)
+    # Sums over a block's pixels; 168 registers leave room for three programs of 128 threads, 128 for two of 256.
+    for code, registers in zip(compiled, (168, 128, 128), strict=True):
+        code.assert_within(shared=2048, registers=registers)

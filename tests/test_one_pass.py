@@ -108,3 +108,10 @@ def test_a_search_of_several_is_several_searches(one_pass):
         torch.testing.assert_close(found.history["loss"][:, e], alone.history["loss"][:, 0], rtol=1e-9, atol=0)
         for name, logits in alone.logits.items():
             torch.testing.assert_close(found.logits[name][e], logits, rtol=0, atol=1e-7)
+
+
+def test_a_pass_of_several_masks_is_profiled_and_counted(one_pass):
+    net = small_net()
+    fast = sg.compile(net, masks_of([0.5, 0.1], net)[0], sg.noise_input(6, SIZE, seed=[0, 1]), plan="rule")
+    assert all(stage.ms is not None for stage in fast.profile(rounds=1).stages if stage.live_kept)
+    assert fast.count().kernels > 0

@@ -79,7 +79,8 @@ class CompiledGenerator(nn.Module):
         """The plan with the milliseconds of every stage, forward and backward, measured in whole steps.
 
         Args:
-            z: (E, C, H, W) of the example input's size, which serves by default; one experiment runs.
+            z: (E, C, H, W) of the example input's size, which serves by default; one experiment runs, or all that
+                differ in their masks and share a pass.
             rounds: steps, of which the median counts.
 
         Raises:
@@ -90,7 +91,8 @@ class CompiledGenerator(nn.Module):
             raise ValueError(f"expected a network that runs in stages to profile, got one of which {self.plan.reason}")
         if not self._sparse_run.takes(z):
             raise ValueError(f"expected z of the size it was compiled for, got {tuple(z.shape)}")
-        return profile(self.plan, self._sparse_run.programs[0], self.values.detach()[:1], z[:1], rounds)
+        program = self._sparse_run.programs[0]
+        return profile(self.plan, program, self.values.detach()[: program.fewest], z[: program.fewest], rounds)
 
     def count(self) -> Count:
         """The kernels that a step of one experiment starts on a GPU, forward and backward, and the bytes they move.
@@ -100,7 +102,8 @@ class CompiledGenerator(nn.Module):
         """
         if self._sparse_run is None:
             raise ValueError(f"expected a network that runs in stages to count, got one of which {self.plan.reason}")
-        return count_step(self._sparse_run.programs[0], self.values[:1], self._example_input[:1])
+        program = self._sparse_run.programs[0]
+        return count_step(program, self.values[: program.fewest], self._example_input[: program.fewest])
 
     def _dense(self) -> dict[str, torch.Tensor]:
         # One more, for what fills up the rows of experiments that keep fewer.

@@ -46,13 +46,13 @@ def profile(plan: Plan, program: Program, values: torch.Tensor, z: torch.Tensor,
 
     Args:
         plan: the program's.
-        values: (1, kept).
-        z: (1, C, H, W).
+        values: (E, kept).
+        z: (E or 1, C, H, W).
         rounds: steps, of which the median counts.
     """
     ticks = clock(z.device)
     program, timed = program.with_steps(lambda step: _Timed(step, ticks))
-    given = program.prepare(z, 1)
+    given = program.prepare(z, len(values))
     for step in timed.values():
         step.take_seconds()
     samples: dict[int | None, list[float]] = defaultdict(list)

@@ -51,6 +51,7 @@ class Program:
         graph: the whole network.
         convolutions: value → the convolution that computes it, with its layout.
         runs_in: values of convolutions that run together with a normalisation → that one's value.
+        fewest: how many experiments run at least: those that have a mask each.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Program:
     ):
         self._device = keep.device
         keep = keep.cpu().view(-1, keep.shape[-1])
+        self.fewest = len(keep)
         self._own = [compact(graph, layout.views(row)) for row in keep]
         self.compaction: Compaction = united(self._own)
         self.convolutions: dict[int, tuple[ConvStage, str]] = {}
