@@ -519,7 +519,7 @@ CALLS = {
         "prunable='all'",
     ),
     "preset unknown": (lambda f: sg.search_mask(net, z, y, preset="slow"),
-                       "expected preset as one of quick, paper, got 'slow'"),
+                       "expected preset as one of quick, lean, paper, got 'slow'"),
     "prunable unknown": (lambda f: sg.search_mask(net, z, y, prunable=["head.wieght"]),
                          "expected parameter names of the network, got 'head.wieght'"),
     "sigma of 8 bits": (lambda f: sg.inverse.add_noise(clean, 25),

@@ -126,6 +126,16 @@ def test_paper_preset_has_the_papers_constants():
     assert sg.masks.search.PRESETS["paper"]["steps"] == 60_000
 
 
+@may_disconnect
+def test_lean_preset_prunes_normalisation_in_2000_steps():
+    found = search(preset="lean", steps=3)
+    same = search(lr=0.1, kl_weight=6e-9, prunable="all", steps=3)
+    assert found.logits.keys() == same.logits.keys()
+    assert all(torch.equal(found.logits[name], same.logits[name]) for name in found.logits)
+    assert "encoder.0.norm1.weight" in found.mask.tensors
+    assert sg.masks.search.PRESETS["lean"]["steps"] == 2000
+
+
 def test_a_strong_kl_pulls_every_probability_to_the_prior():
     logits = search(kl_weight=10.0, lr=0.2, steps=150, prior=0.1).logits
     p = torch.cat([logit.flatten() for logit in logits.values()]).sigmoid()
@@ -242,7 +252,7 @@ def test_a_search_that_disconnects_warns_and_says_where():
         ({"lr": float("nan")}, "lr above 0"),
         ({"temperature": 0}, "temperature above 0"),
         ({"prior": 1.5}, "prior strictly between 0 and 1"),
-        ({"preset": "fast"}, "preset as one of quick, paper, got 'fast'"),
+        ({"preset": "fast"}, "preset as one of quick, lean, paper, got 'fast'"),
         ({"prunable": "weights"}, "expected prunable as"),
         ({"prunable": ["head.wight"]}, "got 'head.wight'"),
         ({"prunable": []}, "at least one prunable"),
