@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # A larger step and a stronger prior settle in 1,000 steps; normalisation and biases are few and always kept.
     "quick": {"steps": 1000, "lr": 5e-2, "kl_weight": 1e-7, "prunable": "conv_weights"},
     # The KL draws twice as far as in "paper" (λ · lr · steps). Few channels keep their normalisation, so that most of
-    # what is kept reaches no pixel, and the end overfits less: docs/masks.md. In fewer steps almost nothing reaches one.
+    # what is kept reaches no pixel, and the end overfits less: docs/masks.md. In fewer steps hardly anything does.
     "lean": {"steps": 2000, "lr": 0.1, "kl_weight": 6e-9, "prunable": "all"},
     "paper": {"steps": 60_000, "lr": 1e-2, "kl_weight": 1e-9, "prunable": "all"},
 }
