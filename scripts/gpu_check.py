@@ -85,6 +85,9 @@ def _run(command: list[str], log, seconds: float) -> str | None:
     """None if the command succeeds in time, otherwise why not."""
     log.write(f"$ {' '.join(command)}\n")
     log.flush()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell gives that to what it starts in the background, and the command would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A session of its own, so that a command that takes too long ends with all that it started.
     process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,17 @@ def test_every_suite_that_has_a_place_on_a_gpu_is_in_the_check(script):
     assert set(script.SUITES) == files - {"import"}
 
 
+@pytest.fixture(params=["foreground", "background"])
+def interrupts(request):
+    """A shell's background processes ignore Ctrl-C."""
+    before = signal.signal(
+        signal.SIGINT, signal.SIG_IGN if request.param == "background" else signal.default_int_handler
+    )
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_what_takes_too_long_may_write_what_it_has(script, tmp_path):
     """As pytest does upon Ctrl-C."""
     code = f"""
