@@ -49,14 +49,14 @@ print(status("VmHWM") - before)
     [
         ("search", "Hourglass", (192, 192)),
         ("search", "Hourglass", (256, 288)),
-        ("fit", "Hourglass", (192, 192)),
+        ("fit", "Hourglass", (256, 288)),
         ("fit", "Hourglass", (320, 400)),
         ("search", "DeepDecoder", (200, 256)),
         ("fit", "Skip", (96, 128)),
     ],
 )
 def test_the_estimate_is_near_the_measured_peak(stage, generator, size):
-    """Within a factor of 1.6: allocators round, keep and return memory as they like (measured: 0.8 to 1.35 of it)."""
+    """Within a factor of 1.6: allocators round, keep and return memory as they like (measured: 0.9 to 1.4 of it)."""
     command = [sys.executable, "-c", MEASURE, stage, generator, *map(str, size)]
     peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     estimate = getattr(estimate_memory(getattr(sg.generators, generator)(), size), stage)
