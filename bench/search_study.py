@@ -284,18 +284,19 @@ class Study:
 
 
 def main() -> None:
+    known = {**SETTINGS, **REACHING, **_PAPERS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reduced", action="store_true", help="128², depth 5, two photographs, two seeds")
     parser.add_argument("--tiny", action="store_true", help="64², depth 4, two photographs, one seed")
     parser.add_argument("--draw", action="store_true", help="only table and picture, from the results")
     parser.add_argument("--stored", action="store_true", help="judge what a paper's search has reached, no more steps")
-    parser.add_argument("--only", default="", help=f"settings out of {','.join({**SETTINGS, **REACHING, **_PAPERS})}")
+    parser.add_argument("--only", default="", help=f"settings out of {','.join(known)}")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     only = tuple(arguments.only.split(",")) if arguments.only else ()
-    unknown = set(only) - {*SETTINGS, *REACHING, *_PAPERS}
+    unknown = set(only) - known.keys()
     if unknown:
-        parser.error(f"expected settings out of {', '.join([*SETTINGS, *_PAPERS])}, got {', '.join(sorted(unknown))}")
+        parser.error(f"expected settings out of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
     presets = (NARROW, REDUCED) if arguments.reduced else (TINY,) if arguments.tiny else (FULL,)
     studies = [Study(preset) for preset in presets]
