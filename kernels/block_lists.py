@@ -57,7 +57,7 @@ def _build(index, starts, shape, stride) -> BlockLists:
     out_channels, channels, kernel_h, kernel_w = shape
     mask = torch.zeros(out_channels * channels * kernel_h * kernel_w, dtype=torch.bool, device=index.device)
     mask[index] = True
-    block_in = _input_block(mask.view(shape))
+    block_in = input_block(mask.view(shape))
 
     counts = starts.diff()
     chunks = [
@@ -86,7 +86,7 @@ def _build(index, starts, shape, stride) -> BlockLists:
     )
 
 
-def _input_block(mask: torch.Tensor) -> int:
+def input_block(mask: torch.Tensor) -> int:
     """The largest block of input channels, up to 64, on which a mask is constant."""
     channels = mask.shape[1]
     for block in range(min(64, channels), 1, -1):

@@ -1,38 +1,19 @@
 // Runs what csrc/cuda's threads do on the host, block by block and thread by thread: the tests compile this with the
 // address sanitizer and compare with the reference. Arguments are a name, the element type and the integers of the
 // shape; the arrays come through stdin and go to stdout as raw bytes.
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "cuda/concrete_mask_body.h"
 #include "cuda/sparse_conv2d_body.h"
 #include "cuda/sparse_upsample_conv2d_gradient_body.h"
+#include "on_host.h"
 
 using namespace sparse_gen::cuda;
 
 namespace {
-
-template <class T>
-std::vector<T> input(long long count) {
-  std::vector<T> values(count);
-  if (count && std::fread(values.data(), sizeof(T), count, stdin) != (size_t)count) std::exit(3);
-  return values;
-}
-
-template <class T>
-void output(const std::vector<T>& values) {
-  if (!values.empty()) std::fwrite(values.data(), sizeof(T), values.size(), stdout);
-}
-
-// A value that a kernel overwrites: what it leaves out cannot pass for a result.
-template <class T>
-std::vector<T> poisoned(long long count) {
-  return std::vector<T>(count, T(0) / T(0));
-}
 
 // The kernel `convolve` of sparse_conv2d.cu.
 template <class Body>

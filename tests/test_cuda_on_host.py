@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_gen.ops.block_halo import forward_lists, input_gradient_lists, weight_gradient_rounds
+from sparse_gen.ops.block_sparse_conv2d import BlockPattern, block_sparse_conv2d_reference
 from sparse_gen.ops.concrete_mask import (
     concrete_mask_backward_reference,
     concrete_mask_reference,
@@ -26,22 +28,32 @@ from sparse_gen.ops.sparse_upsample_conv2d import UPSAMPLE, TapPattern, sparse_u
 ROOT = Path(__file__).resolve().parent.parent
 # DESIGN's bound for fp32, relative to the norm; double is rounding's.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-12}
+TF32 = 2e-3
 MODES = ["zeros", "reflect", "replicate"]
+
+
+def compiled(source, folder):
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler was found")
+    path = folder / source
+    sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    command = f"{compiler} -std=c++20 -O1 -g1 -Wall -Wextra -Werror {sanitize} -I{ROOT / 'csrc'}"
+    run = subprocess.run(
+        [*shlex.split(command), str(ROOT / f"tests/{source}.cpp"), "-o", str(path)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return path
 
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler was found")
-    path = tmp_path_factory.mktemp("cuda") / "cuda_on_host"
-    sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-    command = f"{compiler} -std=c++20 -O1 -g1 -Wall -Wextra -Werror {sanitize} -I{ROOT / 'csrc'}"
-    run = subprocess.run(
-        [*shlex.split(command), str(ROOT / "tests/cuda_on_host.cpp"), "-o", str(path)], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return path
+    return compiled("cuda_on_host", tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="session")
+def block_program(tmp_path_factory):
+    return compiled("block_on_host", tmp_path_factory.mktemp("cuda"))
 
 
 def run(program, name, dtype, numbers, arrays, shapes):
@@ -206,6 +218,101 @@ def test_sparse_upsample_conv2d_at_any_density(program, density):
     assert_upsampling(
         program, "nearest", (9, 10, 3, 3), (5, 7), mode="reflect", dtype=torch.float32, density=density, experiments=3
     )
+
+
+def assert_blocks(
+    program, shape, block, size, *, stride=1, padding=1, mode="reflect", tf32, density=0.4, experiments=2
+):  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.rand(-(-shape[0] // block[0]), -(-shape[1] // block[1]), *shape[2:], generator=generator) < density
+    mask = blocks.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
+    pattern = BlockPattern.of(mask, block, stride)
+    index, kept, mode = pattern.index, len(pattern.index), MODES.index(mode)
+
+    def normal(*s):
+        return torch.randn(*s, generator=generator)
+
+    x, values, bias = normal(experiments, shape[1], *size), normal(experiments, kept), normal(experiments, shape[0])
+    leaves = [t.double().requires_grad_() for t in (x, values, bias)]
+    expected = block_sparse_conv2d_reference(
+        *leaves, index, None, None, None, None, shape[0], *shape[2:], stride, padding, mode
+    )
+    gradient = normal(*expected.shape)
+    want = [expected.detach(), *torch.autograd.grad(expected, leaves[:2], gradient.double())]
+
+    given = shape, block[0], stride, size, tf32
+    lists = [forward_lists(index, *given), input_gradient_lists(index, shape, block[1], *given[2:])]
+    rounds = weight_gradient_rounds(index, *given)
+    numbers = [experiments, shape[1], *size, shape[0], *shape[2:], stride, padding, mode, kept]
+    for each in lists:
+        numbers += [len(each.codes), len(each.starts), each.chunk, each.slots.shape[1], each.block]
+    numbers += [len(rounds.codes), len(rounds.pieces), rounds.rounds.shape[1], rounds.chunk, rounds.slab, rounds.most]
+    numbers += [rounds.slots.shape[1], rounds.block]
+    arrays = [x, values, bias, gradient, *(t for each in lists for t in (each.codes, each.slots, each.starts))]
+    arrays += [rounds.codes, rounds.slots, rounds.pieces, rounds.rounds]
+    name = "tf32" if tf32 else "ieee"
+    for g, w in zip(run(program, name, torch.float32, numbers, arrays, [w.shape for w in want]), want, strict=True):
+        assert_near(g, w, TF32 if tf32 else TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("tf32", [True, False], ids=["tf32", "ieee"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_block_sparse_conv2d(block_program, stride, mode, tf32):
+    # Tiles of 8, 16 and 32 columns that break off at either end; windows that are even, and higher than wide.
+    for kernel, size in (((3, 3), (9, 7)), ((4, 2), (5, 15)), ((1, 1), (9, 37)), ((5, 5), (11, 21))):
+        assert_blocks(
+            block_program, (10, 12, *kernel), (4, 4), size, stride=stride, padding=kernel[0] // 2, mode=mode, tf32=tf32,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("tf32", [True, False], ids=["tf32", "ieee"])
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        ((40, 70), (8, 8)),
+        ((33, 37), (16, 16)),
+        ((66, 40), (64, 32)),
+        ((20, 17), (20, 3)),  # three eights of four groups' channels
+        ((17, 9), (16, 1)),
+        ((7, 11), (1, 1)),
+        ((150, 6), (8, 2)),  # more output channels than a block of threads holds, and than are staged at once
+        ((6, 150), (2, 8)),
+    ],
+    ids=str,
+)
+def test_block_sparse_conv2d_of_any_blocks(block_program, shape, block, tf32):
+    assert_blocks(block_program, (*shape, 3, 3), block, (9, 10), tf32=tf32, density=0.2, experiments=1)
+
+
+@pytest.mark.parametrize("tf32", [True, False], ids=["tf32", "ieee"])
+@pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
+def test_block_sparse_conv2d_at_any_density(block_program, density, tf32):
+    # Dense, the weights' gradient takes several rounds; of 33 × 34 pixels no sum is split.
+    for channels, size, experiments in ((24, (4, 5), 3), (16, (33, 34), 1)):
+        assert_blocks(
+            block_program, (channels, 24, 3, 3), (8, 8), size, mode="zeros", tf32=tf32, density=density,
+            experiments=experiments,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "padding", "mode"),
+    [
+        ((1, 1), 2, "replicate"),
+        ((1, 6), 2, "replicate"),
+        ((1, 1), 1, "zeros"),
+        ((4, 5), 3, "reflect"),
+        ((5, 7), 0, "reflect"),
+        ((6, 6), 4, "zeros"),
+    ],
+)
+def test_block_sparse_conv2d_where_padding_is_large(block_program, size, padding, mode, stride):
+    kernel = min(3, size[0] + 2 * padding)
+    assert_blocks(
+        block_program, (5, 6, kernel, kernel), (2, 3), size, stride=stride, padding=padding, mode=mode, tf32=False
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -99,8 +99,12 @@ def test_every_source_compiles_for_every_gpu(source, folder):
 # double). The convolutions promise the compiler six blocks of 128 threads, the weights' gradient five; they stage 128
 # weights of 16 bytes (24 in double) and a byte, or of 36 (64) with their loads. Those of the tap fold promise three
 # blocks of 256 threads forward and nearest, otherwise two, and one in double; how much they share, the launch says. The
-# mask's float kernels leave room for four blocks of 256 threads.
+# mask's float kernels leave room for four blocks of 256 threads, those of the block-sparse convolution for
+# two; how much the latter share, the launch says, and tests/block_on_host.cpp bounds.
 LIMITS = {
+    "HaloConvolutionI": (128, 0),
+    "HaloWeightGradientI": (128, 0),
+    "PackBodyI|PlaceBody|FoldPadding": (48, 0),
     r"ForwardBlockIfLi\dENS0_6NoLoad": (80, 2176),
     r"ForwardBlockIdLi\dENS0_6NoLoad": (80, 3200),
     r"ForwardBlockIfLi\dENS0_4Load": (80, 4608),
@@ -159,6 +163,23 @@ def test_concrete_mask_update_moves_36_bytes_a_logit(kernel, folder):
         assert (reads, writes) == (["v4."] * 5, ["v4."] * 4)
     else:
         assert (reads, writes) == ([""] * 20, [""] * 16)
+
+
+@pytest.mark.parametrize("kernel", ["HaloConvolution", "HaloWeightGradient"])
+def test_block_sparse_conv2d_multiplies_on_tensor_cores(kernel, folder):
+    """Of a group of 8, 16 or 32 channels two products an eight forward, one for the gradient; without TF32 none."""
+    found = ptx(ROOT / "csrc/cuda/block_sparse_conv2d.cu", folder)
+    products = {
+        tuple(re.search(r"(TensorCores|ThreadByThread)ELi(\d)", name).groups()): len(
+            re.findall(r"mma\.sync\.\S*tf32", code)
+        )
+        for name, code in found.items()
+        if kernel in name
+    }
+    assert {key for key, count in products.items() if count == 0} == {("ThreadByThread", "1"), ("ThreadByThread", "2")}
+    for (product, eights), count in products.items():
+        if product == "TensorCores":
+            assert count % (int(eights) * (2 if kernel == "HaloConvolution" else 1)) == 0
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ _LAUNCHES = {
     "sparse_conv2d_backward": 3,
     "sparse_upsample_conv2d": 1,
     "sparse_upsample_conv2d_backward": 2,
-    "block_sparse_conv2d": 2,
+    "block_sparse_conv2d": 3,
     "block_sparse_conv2d_backward": 6,
 }
 _FILLED = ("zeros", "ones", "full")

@@ -1,6 +1,7 @@
 """What is computed: one operator a file, each with its schema, its plain-PyTorch reference and its checks."""
 
 from sparse_gen.ops import (
+    block_halo,
     block_sparse_conv2d,
     concrete_mask,
     conv_norm,
@@ -18,6 +19,7 @@ from sparse_gen.ops import (
 )
 
 __all__ = [
+    "block_halo",
     "block_sparse_conv2d",
     "concrete_mask",
     "conv_norm",

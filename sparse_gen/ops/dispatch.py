@@ -23,6 +23,7 @@ status()  # first, so that what the compiled library brings is known below
 _stems: dict[str, str] = {}
 _in_python_on_cuda: set[str] = set()
 _route_on_cuda: dict[str, Callable] = {}
+_served_by: dict[str, tuple[str, Callable]] = {}
 
 
 @cache
@@ -41,8 +42,13 @@ def _has_cuda_kernel(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_gen::{name}", "CUDA")
 
 
+def _compiled_route(name: str) -> Callable | None:
+    operator, call = _served_by.get(name, (None, None))
+    return call if operator is not None and _has_cuda_kernel(operator) else None
+
+
 def _cuda_missing(name: str) -> str | None:
-    if name not in _in_python_on_cuda:
+    if name not in _in_python_on_cuda or _compiled_route(name) is not None:
         return None
     if not status().available:
         return status().reason
@@ -65,6 +71,12 @@ def register_operator(schema: str, *, reference: Callable, fake: Callable, stem:
         warn_without_extension()
         return reference(*args)
 
+    def run_on_cuda(*args):
+        compiled = _compiled_route(name)
+        if compiled is not None and (result := compiled(*args)) is not NotImplemented:
+            return result
+        return run_triton(*args)
+
     def run_triton(*args):
         # On a GPU float64 is for checking numbers, which is what the reference is for.
         in_double = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args)
@@ -72,12 +84,20 @@ def register_operator(schema: str, *, reference: Callable, fake: Callable, stem:
             return reference(*args)
         return getattr(import_module(f"sparse_gen.kernels.{stem}"), name)(*args)
 
-    _route_on_cuda[name] = run_triton
+    _route_on_cuda[name] = run_on_cuda
     LIBRARY.impl(name, run_reference, "CompositeExplicitAutograd")
     if not _has_cuda_kernel(name):
-        LIBRARY.impl(name, run_triton, "CUDA")
+        LIBRARY.impl(name, run_on_cuda, "CUDA")
         _in_python_on_cuda.add(name)
     torch.library.register_fake(f"sparse_gen::{name}", fake, lib=LIBRARY)
+
+
+def serve_on_cuda(name: str, operator: str, call: Callable) -> None:
+    """Have an operator run on CUDA as `call` wherever another one, which `call` uses, has a compiled kernel.
+
+    `call` takes the operator's arguments, and may give NotImplemented for some: then Triton's kernel runs.
+    """
+    _served_by[name] = operator, call
 
 
 def route_on_cuda(operator: str) -> Callable:
@@ -87,7 +107,9 @@ def route_on_cuda(operator: str) -> Callable:
 
 def has_gpu_kernel(operator: str) -> bool:
     """Whether an operator runs on CUDA in a kernel of ours, compiled or Triton's, and not as its reference."""
-    return operator not in _in_python_on_cuda or _triton_missing(_stems[operator], operator) is None
+    if operator not in _in_python_on_cuda or _compiled_route(operator) is not None:
+        return True
+    return _triton_missing(_stems[operator], operator) is None
 
 
 def operators() -> list[str]:
