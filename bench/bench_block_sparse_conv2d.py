@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from sparse_gen.ops.block_sparse_conv2d import BlockPattern, block_sparse_conv2d
 from sparse_gen.ops.sparse_conv2d import SparsePattern, sparse_conv2d
 
-SHAPES = [(128, 128, 3, 64), (64, 32, 3, 256)]  # in, out, kernel, size
+# In, out, kernel, size; the last is the GPU's target.
+ON_GPU = (128, 128, 3, 256)
+SHAPES = [(128, 128, 3, 64), (64, 32, 3, 256), ON_GPU]
 BLOCKS = [(4, 1), (8, 1), (16, 1), (8, 8), (16, 16)]
 
 
@@ -35,11 +37,28 @@ def assert_equal(x, values, pattern, weight, gradient) -> float:
     return error
 
 
+def triton_provider(x, values, pattern, gradient, padding, backward):
+    """Triton's kernels, which the operator leaves for those in CUDA C++ where these were compiled."""
+    kernels = pytest.importorskip("sparse_gen.kernels.block_sparse_conv2d", reason="triton is not installed")
+    out_channels, _, *kernel = pattern.shape
+    lists = pattern.index, pattern.order, pattern.columns, pattern.starts, pattern.block[0]
+    given = *lists, out_channels, *kernel, pattern.stride, padding, 0
+
+    def run():
+        kernels.block_sparse_conv2d(x, values, None, *given)
+        if backward:
+            kernels.block_sparse_conv2d_backward(gradient, x, values, *given, True, True)
+
+    return run
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.2])
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{b[0]}x{b[1]}")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}to{s[1]}_{s[2]}x{s[2]}_{s[3]}")
 def bench_block_sparse_conv2d(compare, device, shape, block, density, backward):
+    if shape == ON_GPU and device == "cpu":
+        pytest.skip("a shape for GPUs")
     in_channels, out_channels, kernel, size = shape
     torch.manual_seed(0)
     weight_shape = (out_channels, in_channels, kernel, kernel)
@@ -70,6 +89,8 @@ def bench_block_sparse_conv2d(compare, device, shape, block, density, backward):
         "sparse_conv2d": provider(lambda x, v: sparse_conv2d(x, v, scattered, padding=padding), sparse, gradient),
         "ours": provider(lambda x, v: block_sparse_conv2d(x, v, pattern, padding=padding), sparse, gradient),
     }
+    if device == "cuda":
+        providers["triton"] = triton_provider(x.detach(), values.detach(), pattern, gradient, padding, backward)
     passes = "forward + backward" if backward else "forward"
     case = (
         f"{in_channels} to {out_channels}, {kernel}×{kernel}, {size}², blocks {block[0]}×{block[1]}, "

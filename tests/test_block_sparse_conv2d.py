@@ -31,15 +31,17 @@ def dense(x, weight, bias, stride, padding, mode):
 
 
 def assert_equal(
-    shape, block, size, *, density=0.3, stride=1, padding=None, mode="reflect", experiments=2, dtype=torch.float32
-):
+    shape, block, size, *, density=0.3, stride=1, padding=None, mode="reflect", experiments=2, dtype=torch.float32,
+    device="cpu", tolerance=None,
+):  # fmt: skip
     padding = shape[-1] // 2 if padding is None else padding
     mask, generator = random_mask(shape, block, density)
+    mask = mask.to(device)
     pattern = BlockPattern.of(mask, block, stride)
     kept = len(pattern.index)
 
     def normal(*s):
-        return torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*s, generator=generator, dtype=torch.float64).to(device, dtype)
 
     leaves = [normal(experiments, shape[1], *size), normal(experiments, kept), normal(experiments, shape[0])]
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -47,7 +49,7 @@ def assert_equal(
     out = block_sparse_conv2d(x, values, pattern, bias, padding=padding, padding_mode=mode)
 
     doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    flat = torch.zeros(experiments, mask.numel(), dtype=torch.float64)
+    flat = torch.zeros(experiments, mask.numel(), dtype=torch.float64, device=device)
     weight = flat.scatter(1, pattern.index.expand(experiments, -1), doubles[1]).view(experiments, *shape)
     expected = dense(doubles[0], weight, doubles[2], stride, padding, mode)
     assert out.shape == expected.shape
@@ -56,7 +58,7 @@ def assert_equal(
     want = [expected, *torch.autograd.grad(expected, doubles, gradient.double())]
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape
-        assert (g.double() - w).norm() <= TOLERANCE[dtype] * w.norm() + 1e-300
+        assert (g.double() - w).norm() <= (tolerance or TOLERANCE[dtype]) * w.norm() + 1e-300
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
@@ -90,6 +92,21 @@ def test_images_that_are_worked_off_in_bands(instruction_set, kernel, padding, s
         (12, 20, kernel, kernel), (8, 1), (167, 190), density=0.1, stride=stride, padding=padding, mode=mode,
         experiments=1,
     )  # fmt: skip
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to run on")
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("stride", [1, 2])
+def test_on_a_gpu(monkeypatch, stride, mode, tf32):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    given = {"stride": stride, "mode": mode, "device": "cuda", "tolerance": 2e-3 if tf32 else None}
+    for kernel in (1, 3, 5):
+        for block in ((1, 1), (8, 8), (16, 16), (48, 5)):
+            assert_equal((50, 37, kernel, kernel), block, (37, 70), **given)
+    assert_equal((130, 140, 3, 3), (16, 16), (16, 16), **given)  # few pixels: the sum over channels is split
+    assert_equal((128, 128, 3, 3), (16, 16), (256, 256), density=0.1, experiments=1, **given)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
