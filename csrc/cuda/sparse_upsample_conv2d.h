@@ -2,6 +2,8 @@
 // CUDA error in words, or null.
 #pragma once
 
+#include "host_device.h"
+
 namespace sparse_gen::cuda {
 
 // The shape of one convolution; height and width are the small image's, and the output is twice as large.
@@ -9,15 +11,9 @@ struct UpShape {
   int experiments, in_channels, height, width, out_channels, kernel, padding, mode, upsample;
   int kept;  // weights of one experiment
 
-#ifdef __CUDACC__
-#define SPARSE_GEN_SHAPE __host__ __device__
-#else
-#define SPARSE_GEN_SHAPE
-#endif
-  SPARSE_GEN_SHAPE int taps() const { return kernel * kernel; }
-  SPARSE_GEN_SHAPE int plane() const { return height * width; }
-  SPARSE_GEN_SHAPE int out_plane() const { return 4 * plane(); }
-#undef SPARSE_GEN_SHAPE
+  SPARSE_GEN_HD int taps() const { return kernel * kernel; }
+  SPARSE_GEN_HD int plane() const { return height * width; }
+  SPARSE_GEN_HD int out_plane() const { return 4 * plane(); }
 };
 
 // taps (4, kept) are output channel, input channel, row and column; by_tap (out * taps + 1,) and by_input (in + 1,) say
