@@ -136,7 +136,8 @@ void convolve(const HaloPass& pass, const HaloLists& lists, int kept,
   auto packed = poisoned<float>((long long)pass.experiments * lists.columns * lists.width);
   std::vector<int> places(lists.columns);
   const int plane = pass.tile.plane(kForwardBanks);
-  each(PackBody<Product>{lists, pass.tile, plane, pass.experiments, kept, values.data(), packed.data(), places.data()});
+  const PlaceBody place{lists.codes, lists.columns, plane, pass.tile, places.data()};
+  each(PackBody<Product>{lists, place, pass.experiments, kept, values.data(), packed.data()});
   halo_convolution(HaloConvolution<Product, N>{pass, lists, plane, packed.data(), bias, places.data(), out.data(), splits});
 }
 

@@ -84,18 +84,21 @@ const char* convolve(const HaloPass& pass, const HaloLists& lists, int kept, con
                      const HaloBuffers& buffers, int splits, bool tf32, float* out, void* stream) {
   const int plane = pass.tile.plane(kForwardBanks);
   return by_product(tf32, lists.width, [&]<class Product, int N>() -> const char* {
-    const PackBody<Product> pack{lists, pass.tile, plane, pass.experiments, kept, values, buffers.packed, buffers.places};
+    using Body = HaloConvolution<Product, N>;
+    const PlaceBody place{lists.codes, lists.columns, plane, pass.tile, buffers.places};
+    const PackBody<Product> pack{lists, place, pass.experiments, kept, values, buffers.packed};
     if (const char* error = launch_each(pack, stream)) return error;
-    const HaloConvolution<Product, N> body{pass, lists, plane, buffers.packed, bias, buffers.places, out, splits};
-    return launch_with(lists.chunk * plane * (int)sizeof(float), halo_convolution<HaloConvolution<Product, N>>, body.blocks(),
-                       kHaloThreads, stream, body);
+    const Body body{pass, lists, plane, buffers.packed, bias, buffers.places, out, splits};
+    const int shared_bytes = lists.chunk * plane * (int)sizeof(float);
+    return launch_with(shared_bytes, halo_convolution<Body>, body.blocks(), kHaloThreads, stream, body);
   });
 }
 
 }  // namespace
 
-const char* block_sparse_conv2d_forward(const ConvShape& s, const HaloLists& lists, const float* x, const float* values, const float* bias,
-                    const HaloBuffers& buffers, bool tf32, float* out, void* stream) {
+const char* block_sparse_conv2d_forward(const ConvShape& s, const HaloLists& lists, const float* x,
+                                        const float* values, const float* bias, const HaloBuffers& buffers, bool tf32,
+                                        float* out, void* stream) {
   const HaloPass pass = forward_pass(s, x);
   const int splits = halo_splits(pass, lists);
   float* to = splits == 1 ? out : buffers.parts;
@@ -104,8 +107,9 @@ const char* block_sparse_conv2d_forward(const ConvShape& s, const HaloLists& lis
   return launch_add_chunks(to, splits, pass.outputs * pass.plane(), s.experiments, out, stream);
 }
 
-const char* block_sparse_conv2d_backward_x(const ConvShape& s, const HaloLists& lists, const float* grad_out, const float* values,
-                       const HaloBuffers& buffers, bool tf32, float* grad_x, void* stream) {
+const char* block_sparse_conv2d_backward_x(const ConvShape& s, const HaloLists& lists, const float* grad_out,
+                                           const float* values, const HaloBuffers& buffers, bool tf32, float* grad_x,
+                                           void* stream) {
   const HaloPass pass = input_gradient_pass(s, grad_out);
   const int splits = halo_splits(pass, lists);
   float* to = splits == 1 && !folds(s) ? grad_x : buffers.parts;
@@ -115,8 +119,9 @@ const char* block_sparse_conv2d_backward_x(const ConvShape& s, const HaloLists& 
   return launch_add_chunks(to, splits, pass.outputs * pass.plane(), s.experiments, grad_x, stream);
 }
 
-const char* block_sparse_conv2d_backward_values(const ConvShape& s, const HaloRounds& lists, const float* grad_out, const float* x,
-                            const HaloBuffers& buffers, bool tf32, float* grad_values, void* stream) {
+const char* block_sparse_conv2d_backward_values(const ConvShape& s, const HaloRounds& lists, const float* grad_out,
+                                                const float* x, const HaloBuffers& buffers, bool tf32, float* grad_values,
+                                                void* stream) {
   if (s.kept == 0) return nullptr;
   const HaloTile tile = gradient_tile(s);
   const int plane = tile.plane(kGradientBanks), splits = gradient_splits(s, lists);

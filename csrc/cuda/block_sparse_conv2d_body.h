@@ -71,7 +71,8 @@ constexpr int kHaloBlocks = 264;
 // alone decide, so that it has the same bits alone and beside others.
 inline int halo_splits(const HaloPass& pass, const HaloLists& lists) {
   const int sets = round_up_quotient(lists.groups, kHaloSums / lists.width);
-  const int chunks = round_up_quotient(pass.inputs, lists.chunk), wanted = kHaloBlocks / (pass.phases() * pass.tiles() * sets);
+  const int chunks = round_up_quotient(pass.inputs, lists.chunk);
+  const int wanted = kHaloBlocks / (pass.phases() * pass.tiles() * sets);
   return wanted < 1 ? 1 : wanted < chunks ? wanted : chunks;
 }
 
@@ -83,25 +84,35 @@ inline long long parts_size(const HaloPass& pass, int splits) {
   return (long long)pass.experiments * splits * pass.outputs * pass.plane();
 }
 
-// Weights as the kernels read them, and where their columns lie in the tile.
+// Where the columns lie in the tile.
+struct PlaceBody {
+  const int* codes;
+  int columns, plane;
+  HaloTile tile;
+  int* places;
+
+  SPARSE_GEN_HD long long count() const { return columns; }
+  SPARSE_GEN_HD void run(long long i) const {
+    const int code = read(codes + i);
+    places[i] = (code >> 16) * plane + tile.place(code >> 8 & 255, code & 255);
+  }
+};
+
+// Weights as the kernels read them, and where their columns lie.
 template <class Product>
 struct PackBody {
   HaloLists lists;
-  HaloTile tile;
-  int plane, experiments, kept;
+  PlaceBody place;
+  int experiments, kept;
   const float* values;
   float* packed;
-  int* places;
 
   SPARSE_GEN_HD long long count() const { return (long long)experiments * lists.columns * lists.width; }
   SPARSE_GEN_HD void run(long long i) const {
     const long long weights = (long long)lists.columns * lists.width;
     const int slot = read(lists.slots + i % weights);
     packed[i] = slot < 0 ? 0.0f : Product::rounded(read(values + i / weights * kept + slot));
-    if (i < lists.columns) {
-      const int code = read(lists.codes + i);
-      places[i] = (code >> 16) * plane + tile.place(code >> 8 & 255, code & 255);
-    }
+    if (i < lists.columns) place.run(i);
   }
 };
 

@@ -210,18 +210,4 @@ struct HaloWeightGradient {
   }
 };
 
-// Where the columns lie in the tile.
-struct PlaceBody {
-  const int* codes;
-  int columns, plane;
-  HaloTile tile;
-  int* places;
-
-  SPARSE_GEN_HD long long count() const { return columns; }
-  SPARSE_GEN_HD void run(long long i) const {
-    const int code = read(codes + i);
-    places[i] = (code >> 16) * plane + tile.place(code >> 8 & 255, code & 255);
-  }
-};
-
 }  // namespace sparse_gen::cuda
