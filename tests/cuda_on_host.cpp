@@ -83,74 +83,71 @@ void convolution(const std::vector<int>& n) {
   output(grad_values);
 }
 
-// The kernel `up_forward` of sparse_upsample_conv2d.cu.
-template <class T, class Body>
-void up_forward(const Body& body) {
+// Calls `work` with the states and the shared memory of every block of sparse_upsample_conv2d.cu, before it is finished.
+template <class Body, class Work>
+void up_blocks(const Body& body, const Work& work) {
   const int threads = body.warps * kWarp;
   const auto shared = std::make_unique<typename Body::Shared>();
   std::vector<typename Body::State> states(threads);
   for (long long block = 0; block < body.blocks(); ++block) {
     std::memset((void*)shared.get(), 0xff, sizeof *shared);
     for (int t = 0; t < threads; ++t) body.begin((int)block, t, states[t]);
-    for (int chunk = 0; chunk < body.chunks(); ++chunk) {
-      for (auto& state : states) body.stage_image(chunk, state, *shared);
-      for (int warp = 0; warp < body.warps; ++warp) {
-        auto* lanes = &states[warp * kWarp];
-        for (int segment = 0; segment < body.segments(lanes[0]); ++segment) {
-          for (int lane = 0; lane < kWarp; ++lane) body.stage_weights(segment, lanes[lane], *shared);
-          for (int kx = 0; kx < body.s.kernel; ++kx) {
-            bool any = false;
-            for (int lane = 0; lane < kWarp; ++lane) any = body.add_rows(kx, segment, *shared, lanes[lane]);
-            const auto from = [&](T, int row, int lane) { return lanes[lane].rows[row]; };
-            for (int lane = 0; lane < kWarp && any; ++lane) body.add_columns(kx, from, lanes[lane]);
-          }
+    for (int chunk = 0; chunk < body.chunks(); ++chunk) work(chunk, states, *shared);
+    for (auto& state : states) body.finish(state);
+  }
+}
+
+// The kernel `up_forward`.
+template <class T, class Body>
+void up_forward(const Body& body) {
+  up_blocks(body, [&](int chunk, auto& states, auto& shared) {
+    for (auto& state : states) body.stage_image(chunk, state, shared);
+    for (int warp = 0; warp < body.warps; ++warp) {
+      auto* lanes = &states[warp * kWarp];
+      for (int segment = 0; segment < body.segments(lanes[0]); ++segment) {
+        for (int lane = 0; lane < kWarp; ++lane) body.stage_weights(segment, lanes[lane], shared);
+        for (int kx = 0; kx < body.s.kernel; ++kx) {
+          bool any = false;
+          for (int lane = 0; lane < kWarp; ++lane) any = body.add_rows(kx, segment, shared, lanes[lane]);
+          const auto from = [&](T, int row, int lane) { return lanes[lane].rows[row]; };
+          for (int lane = 0; lane < kWarp && any; ++lane) body.add_columns(kx, from, lanes[lane]);
         }
       }
     }
-    for (auto& state : states) body.finish(state);
-  }
+  });
 }
 
 // The kernel `up_backward`.
 template <class T, class Body>
 void up_backward(const Body& body) {
-  const int threads = body.warps * kWarp;
-  const auto shared = std::make_unique<typename Body::Shared>();
-  std::vector<typename Body::State> states(threads);
-  for (long long block = 0; block < body.blocks(); ++block) {
-    std::memset((void*)shared.get(), 0xff, sizeof *shared);
-    for (int t = 0; t < threads; ++t) body.begin((int)block, t, states[t]);
-    for (int chunk = 0; chunk < body.chunks(); ++chunk) {
-      for (int n = 0; n < body.units_of(chunk); ++n) {
-        auto* lanes = &states[n % body.warps * kWarp];
-        for (int lane = 0; lane < kWarp; ++lane) body.add_rows(chunk * body.a_chunk() + n, lanes[lane]);
-        const auto from = [&](T, int row, int lane) { return lanes[lane].half[row / 2][row % 2]; };
-        for (int kx = 0; kx < body.s.kernel; ++kx)
-          for (int lane = 0; lane < kWarp; ++lane) body.add_columns(n, kx, from, lanes[lane], *shared);
-      }
-      for (int warp = 0; warp < body.warps; ++warp) {
-        auto* lanes = &states[warp * kWarp];
-        for (int c = 0; c < Body::kChannels; ++c)
-          for (bool more = lanes[0].at[c] < lanes[0].end[c]; more;) {
-            const int at = lanes[0].at[c];
-            for (int lane = 0; lane < kWarp; ++lane)
-              body.stage_weights(chunk, at, lanes[0].end[c], lanes[lane], *shared);
-            for (int n = 0; n < Body::kBatch && more; n += Body::kAtOnce) {
-              int count = 0;
-              for (int lane = 0; lane < kWarp; ++lane) count = body.multiply(c, n, *shared, lanes[lane]);
-              lanes[0].at[c] += count;
-              more = count == Body::kAtOnce;
-              for (int k = 0; k < count; ++k) {
-                T sum = 0;
-                for (int lane = 0; lane < kWarp; ++lane) sum += lanes[lane].dot[k];
-                body.store_dot(n + k, sum, *shared, lanes[0]);
-              }
+  up_blocks(body, [&](int chunk, auto& states, auto& shared) {
+    for (int n = 0; n < body.units_of(chunk); ++n) {
+      auto* lanes = &states[n % body.warps * kWarp];
+      for (int lane = 0; lane < kWarp; ++lane) body.add_rows(chunk * body.a_chunk() + n, lanes[lane]);
+      const auto from = [&](T, int row, int lane) { return lanes[lane].half[row / 2][row % 2]; };
+      for (int kx = 0; kx < body.s.kernel; ++kx)
+        for (int lane = 0; lane < kWarp; ++lane) body.add_columns(n, kx, from, lanes[lane], shared);
+    }
+    for (int warp = 0; warp < body.warps; ++warp) {
+      auto* lanes = &states[warp * kWarp];
+      for (int c = 0; c < Body::kChannels; ++c)
+        for (bool more = lanes[0].at[c] < lanes[0].end[c]; more;) {
+          const int at = lanes[0].at[c];
+          for (int lane = 0; lane < kWarp; ++lane) body.stage_weights(chunk, at, lanes[0].end[c], lanes[lane], shared);
+          for (int n = 0; n < Body::kBatch && more; n += Body::kAtOnce) {
+            int count = 0;
+            for (int lane = 0; lane < kWarp; ++lane) count = body.multiply(c, n, shared, lanes[lane]);
+            lanes[0].at[c] += count;
+            more = count == Body::kAtOnce;
+            for (int k = 0; k < count; ++k) {
+              T sum = 0;
+              for (int lane = 0; lane < kWarp; ++lane) sum += lanes[lane].dot[k];
+              body.store_dot(n + k, sum, shared, lanes[0]);
             }
           }
-      }
+        }
     }
-    for (auto& state : states) body.finish(state);
-  }
+  });
 }
 
 template <class T, bool Linear>
