@@ -9,9 +9,10 @@ from torch import nn
 
 from sparse_gen.engine.checks import check_output
 from sparse_gen.engine.compile import build_run
-from sparse_gen.engine.functional import run_experiments, squared_errors
+from sparse_gen.engine.functional import run_experiments
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.plan import Plan
+from sparse_gen.ops.squared_errors import squared_errors
 
 
 class SampledNetwork:

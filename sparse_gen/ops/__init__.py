@@ -15,6 +15,7 @@ from sparse_gen.ops import (
     pooled_means,
     sparse_conv2d,
     sparse_upsample_conv2d,
+    squared_errors,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "pooled_means",
     "sparse_conv2d",
     "sparse_upsample_conv2d",
+    "squared_errors",
 ]
