@@ -26,11 +26,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 import sparse_gen as sg
-from sparse_gen.engine.functional import squared_errors, training_copy
+from sparse_gen.engine.functional import training_copy
 from sparse_gen.experiments.bench import StepCase
 from sparse_gen.experiments.timing import Times, make_records, timed_round, warm_up_rounds
 from sparse_gen.files import atomic_write
 from sparse_gen.masks.connectivity import probe_connectivity
+from sparse_gen.ops.squared_errors import squared_errors
 
 RESULTS = Path(__file__).parent / "results" / "groups-cpu.json"
 DENSITY = 0.05

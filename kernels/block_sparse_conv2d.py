@@ -5,7 +5,7 @@ runs over that block's columns, as many to a step as tensor cores want, whatever
 image's gradient runs in the same way over what reads a block of input channels.
 
 A step gathers its pixels anew from L1 or L2: Triton cannot keep an image's tile in shared memory for all output blocks.
-csrc/cuda/block_sparse_conv2d.cu does, and runs in place of this wherever it was compiled (sparse_gen/ops/block_halo.py).
+csrc/cuda/block_sparse_conv2d.cu does, and runs in place of this where it was compiled (sparse_gen/ops/block_halo.py).
 """
 
 from __future__ import annotations

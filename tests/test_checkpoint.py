@@ -20,7 +20,7 @@ def search(folder=None, resume=False, steps=STEPS, **arguments):
     checkpoints = None if folder is None else sg.Checkpoints(folder, seconds=0, resume=resume)
     stop = sg.stop.Settled(4, 0.0)
     return sg.search_mask(
-        small_net(), z, y, density=0.2, steps=steps, every=3, stop=stop, checkpoints=checkpoints, **arguments
+        small_net(), z, y, steps=steps, every=3, stop=stop, checkpoints=checkpoints, **{"density": 0.2, **arguments}
     )
 
 
@@ -38,6 +38,13 @@ def same(a, b):
     tensors = lambda r: [r.image, *r.module.parameters()] if hasattr(r, "image") else list(r.logits.values())  # noqa: E731
     histories = all(torch.equal(a.history[c], b.history[c]) for c in b.history.columns)
     return histories and a.history.step == b.history.step and all(map(torch.equal, tensors(a), tensors(b)))
+
+
+def test_a_search_of_several_densities_is_not_gone_on_with_by_others(tmp_path):
+    first = search(tmp_path, density=[0.2, 0.5])
+    assert same(search(tmp_path, resume=True, density=[0.2, 0.5]), first)
+    with pytest.raises(ValueError, match="which has density = "):
+        search(tmp_path, resume=True, density=[0.5, 0.2])
 
 
 @pytest.mark.parametrize("run", [search, fit])

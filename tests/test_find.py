@@ -141,6 +141,17 @@ def test_oes_is_the_search():
     assert all(torch.equal(layered.logits[n], logits) for n, logits in searched.logits.items())
 
 
+@pytest.mark.parametrize("how", [{}, {"scope": "layer"}, {"floor": 40}])
+def test_oes_takes_a_density_an_experiment(how):
+    found = find("oes", density=[0.3, 0.5], seed=[0, 1], **how)
+    for e, density in enumerate([0.3, 0.5]):
+        alone = find("oes", density=density, seed=e, **how)
+        assert alone.mask.kept == floor(density * alone.mask.total)
+        assert all(torch.equal(found.mask.tensors[n][e], k) for n, k in alone.mask.tensors.items())
+    with pytest.raises(ValueError, match="density above 0 and at most 1, got"):
+        find("snip", density=[0.3, 0.5])
+
+
 def test_masks_go_through_their_file_and_the_engine(tmp_path):
     net, (z, y, _) = small_net(), problem()
     mask = find("snip", net, recipe={"target": "noisy"}).mask

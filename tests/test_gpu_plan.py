@@ -1,5 +1,7 @@
 """How a plan is made on a GPU: which layouts are measured there, by which clock, and where that is remembered."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from equality import scattered_mask
@@ -14,12 +16,12 @@ from sparse_gen.engine.layouts import ConvStage, candidates
 CUDA = torch.device("cuda", 0)
 
 
-def stage(upsample=None, density=0.3, device=CUDA, pool=False, blocks=False):
+def stage(upsample=None, density=0.3, device=CUDA, pool=False, blocks=False, experiments=1):
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(8, 4, 3, 3, generator=generator) < density
     mask = mask[:1].expand(8, 4, 3, 3) if blocks else mask
     conv = Conv("w", None, (8, 4, 3, 3), 1, 1, "reflect", upsample, pool)
-    return ConvStage("w", conv, mask, (8, 8), True, False, device)
+    return ConvStage("w", conv, mask, (8, 8), True, False, device, experiments)
 
 
 @pytest.fixture
@@ -87,6 +89,88 @@ def test_times_are_remembered_by_gpu_and_shape(gpu, timed, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32)
     measure.measured_layout(stage(), torch.float32)
     assert len(seen) == 4
+
+
+def test_times_of_one_and_of_several_experiments_are_apart(gpu, timed):
+    # Stored caches hold times under this key.
+    kept = int(stage().mask.sum())
+    key = f"4x8x8 to 8, 3x3, stride 1, reflect 1, upsample None, input gradient, kept {kept}, float32"
+    assert measure.stage_key(stage(), torch.float32) == key
+    assert measure.stage_key(stage(experiments=3), torch.float32) == f"{key}, 3 experiments"
+    timed(sparse=1.0)
+    assert measure.measured_layout(stage(), torch.float32) == "sparse"
+    timed(dense_fused=1.0)
+    assert measure.measured_layout(stage(experiments=3), torch.float32) == "dense fused"
+    assert measure.measured_layout(stage(), torch.float32) == "sparse"
+
+
+def watched(run):
+    """The tensors that a measured step is given and gives, in turn."""
+    seen, step = [], run._step
+    forward, backward = step.forward, step.backward
+
+    def watched_forward(inputs, parameters, trains):
+        y, kept = forward(inputs, parameters, trains)
+        seen.extend([*inputs, *parameters, y])
+        return y, kept
+
+    def watched_backward(gradient, kept, parameters, needs):
+        grads, own = backward(gradient, kept, parameters, needs)
+        seen.extend([gradient, *grads, *own])
+        return grads, own
+
+    step.forward, step.backward = watched_forward, watched_backward
+    return seen
+
+
+@pytest.mark.parametrize("upsample", [None, "nearest"])
+def test_a_measurement_runs_all_experiments_in_every_tensor(upsample):
+    one = stage(upsample, device=torch.device("cpu"), experiments=3)
+    for layout in candidates(one):
+        run = measure._Run(layout, one, torch.float64)
+        seen = watched(run)
+        assert run.time() > 0
+        assert len(seen) == 6 and all(len(tensor) == 3 for tensor in seen)
+        if run._place is not None:  # of values (E, kept) and a zero behind them, each weight's
+            weight = seen[1]
+            kept = weight[:, one.mask].flatten()
+            assert torch.equal(torch.cat([kept, kept.new_zeros(1)])[run._place].view_as(weight), weight)
+            assert torch.equal(weight.flatten()[run._kept], kept)
+
+
+def measured_for(monkeypatch, masks, experiments):
+    """The numbers of experiments that the stages of a network were measured for."""
+    seen = set()
+    layout_times = lambda stage, layouts, dtype: seen.add(stage.experiments) or dict.fromkeys(layouts, 1.0)  # noqa: E731
+    monkeypatch.setattr(measure, "layout_times", layout_times)
+    net = sg.generators.Hourglass(in_channels=4, channels=(4, 6), seed=0)
+    z = sg.noise_input(4, (12, 12), seed=list(range(experiments)))
+    mask = scattered_mask(net, 0.6, experiments=masks)
+    return seen, net, mask, z
+
+
+@pytest.mark.parametrize("masks", [None, 3])
+def test_a_pass_of_several_experiments_is_measured_as_that(gpu, monkeypatch, masks):
+    seen, net, mask, z = measured_for(monkeypatch, masks, 3)
+    with PretendedGpu():
+        compile_there(monkeypatch, net, mask, z, plan="measure")
+    assert seen == {3}
+
+
+@pytest.mark.parametrize("masks", [None, 3])
+def test_on_the_cpu_an_experiment_has_the_layouts_that_it_has_alone(gpu, monkeypatch, masks):
+    seen, net, mask, z = measured_for(monkeypatch, masks, 3)
+    sg.compile(net, mask, z)
+    assert seen == {1}
+
+
+def test_a_search_of_several_experiments_is_measured_as_that(gpu, monkeypatch):
+    seen, net, _, z = measured_for(monkeypatch, None, 1)
+    # The search's own tensors stay on the CPU; that it shares a pass of a GPU is all that is asked.
+    monkeypatch.setattr(import_module("sparse_gen.engine.compile"), "on_gpu", lambda device: True)
+    y = torch.full((1, 3, 12, 12), 0.5)
+    sg.search_mask(net, z, y, density=0.9, prunable="all", steps=1, seed=[0, 1])
+    assert seen == {2}
 
 
 def test_references_are_not_measured(gpu, monkeypatch):

@@ -312,5 +312,7 @@ def test_top_k_keeps_the_largest_and_breaks_ties_by_seed():
     assert keep.sum(dim=1).tolist() == [5, 5]
     assert keep[:, [1, 3, 7]].all()
     assert torch.equal(keep, top_k(scores, 5, torch.tensor([0, 1])))
+    each = top_k(scores, torch.tensor([5, 0]), torch.tensor([0, 1]))
+    assert torch.equal(each[0], keep[0]) and not each[1].any()
     picks = {tuple(top_k(scores[:1], 5, torch.tensor([s]))[0].tolist()) for s in range(40)}
     assert len(picks) == 10  # all ways to choose two of five ties

@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretended_gpu import PretendedGpu, numbers, to_gpu
 from torch.nn import functional as F
 
+from sparse_gen.ops import masked_conv2d_layouts as layouts
 from sparse_gen.ops.extension import status
-from sparse_gen.ops.masked_conv2d import masked_conv2d
+from sparse_gen.ops.masked_conv2d import masked_conv2d, masked_conv2d_backward, masked_conv2d_forward
 from sparse_gen.ops.masked_conv2d_layouts import LAYOUTS, UPSAMPLE, pooled_means, why_not
 
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13}
@@ -230,6 +232,54 @@ def test_any_shape(
         (*channels, *kernel), size, stride=stride, padding=padding, mode=mode, upsample=upsample, pool=pool,
         layout=layout, experiments=experiments, dtype=dtype,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 4])
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (1, 2), (2, 1)])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("experiments", [1, 3])
+def test_experiments_as_groups_of_one_convolution(kernel, stride, padding, biased, experiments):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(experiments, 4, 11, 8), (experiments, 5, 4, kernel, kernel), (experiments, 5)]
+    x, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
+    rows = [
+        F.conv2d(x[e : e + 1], weight[e], bias[e] if biased else None, stride=stride, padding=padding)
+        for e in range(experiments)
+    ]
+    expected = torch.cat(rows)
+    gradient = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    want = torch.autograd.grad(expected, [x, weight], gradient)
+    x, weight, bias = x.detach(), weight.detach(), bias.detach() if biased else None
+    got = layouts.grouped(x, weight, bias, stride, padding)
+    torch.testing.assert_close(got, expected.detach(), rtol=1e-12, atol=1e-13)
+    for needs in ((True, True), (True, False), (False, True)):
+        grads = layouts.grouped_backward(gradient, x, weight, stride, padding, *needs)
+        for grad, w, needed in zip(grads, want, needs, strict=True):
+            assert (grad is not None) == needed
+            if needed:
+                torch.testing.assert_close(grad, w, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", ["direct", "phase"])
+def test_on_a_gpu_one_convolution_serves_all_experiments(monkeypatch, layout):
+    convolutions, original = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *a, **k: convolutions.append(k.get("groups", 1)) or original(*a, **k))
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4, 9, 6), (3, 5, 4, 3, 3), (3, 5)]
+    given = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes]
+    arguments = (1, 1, 1, UPSAMPLE.index("nearest"), False, LAYOUTS.index(layout))
+    expected = masked_conv2d_forward(*given, *arguments)
+    gradient = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    want = masked_conv2d_backward(gradient, *given[:2], *arguments, True, True)
+    assert convolutions == [1, 1, 1]
+    with PretendedGpu():
+        there = [to_gpu(tensor) for tensor in given]
+        got = masked_conv2d_forward(*there, *arguments)
+        grads = masked_conv2d_backward(to_gpu(gradient), *there[:2], *arguments, True, True)
+        found = [numbers(tensor) for tensor in (got, *grads)]
+    assert convolutions == [1, 1, 1, 3]
+    for tensor, w in zip(found, (expected, *want), strict=True):
+        torch.testing.assert_close(tensor, w, rtol=1e-12, atol=1e-12)
 
 
 def test_one_weight_for_all_experiments():

@@ -101,10 +101,10 @@ def test_a_search_of_several_is_several_searches(one_pass):
     nets = [small_net(seed=seed).double() for seed in range(3)]
     z = sg.noise_input(6, SIZE, seed=SEEDS).double()
     y = problem()[1].double()
-    options = {"density": 0.2, "steps": 30, "every": 1, "plan": "rule"}
-    found = sg.search_mask(sg.stack(nets), z, y, seed=SEEDS, **options)
+    densities, options = [0.2, 0.3, 0.2], {"steps": 30, "every": 1, "plan": "rule"}
+    found = sg.search_mask(sg.stack(nets), z, y, seed=SEEDS, density=densities, **options)
     for e, net in enumerate(nets):
-        alone = sg.search_mask(net, z[e : e + 1], y, seed=SEEDS[e], **options)
+        alone = sg.search_mask(net, z[e : e + 1], y, seed=SEEDS[e], density=densities[e], **options)
         torch.testing.assert_close(found.history["loss"][:, e], alone.history["loss"][:, 0], rtol=1e-9, atol=0)
         for name, logits in alone.logits.items():
             torch.testing.assert_close(found.logits[name][e], logits, rtol=0, atol=1e-7)

@@ -1,5 +1,6 @@
 """`search_mask`: what it learns, keeps, finds disconnected and refuses."""
 
+from copy import deepcopy
 from math import floor
 
 import pytest
@@ -70,6 +71,50 @@ def test_several_experiments_are_several_runs():
             assert torch.equal(together.mask.tensors[name][e], keep)
             assert torch.equal(together.logits[name][e], alone.logits[name])
         assert torch.equal(together.history["loss"][:, e], alone.history["loss"][:, 0])
+
+
+@pytest.mark.parametrize("group", [None, "4x1"])
+@pytest.mark.parametrize("stop", [None, sg.stop.Settled(3, 0.2)])
+@may_disconnect
+def test_each_experiment_may_have_a_density_of_its_own(group, stop):
+    """Also two that follow each other with the same one, and one at which there is nothing to choose."""
+    densities = [0.2, 0.5, 0.5, 0.2, 1.0]
+    (z, y, _), options = problem(), {"steps": 12, "every": 1, "group": group, "kl_weight": 1e-3, "lr": 0.1}
+    together = sg.search_mask(small_net(), z, y, density=densities, seed=range(5), stop=deepcopy(stop), **options)
+    assert together.settings["density"] == together.mask.recipe["search"]["density"] == densities
+    assert together.settings["prior"] == [*densities[:4], 1 - 1e-6]
+    for e, density in enumerate(densities):
+        alone = sg.search_mask(small_net(), z, y, density=density, seed=e, stop=deepcopy(stop), **options)
+        for name, keep in alone.mask.tensors.items():
+            assert torch.equal(together.mask.tensors[name][e], keep)
+            assert torch.equal(together.logits[name][e], alone.logits[name])
+        for column in alone.history.columns:
+            known = len(alone.history[column])  # together they go on until the last has settled
+            torch.testing.assert_close(
+                together.history[column][:known, e], alone.history[column][:, 0], rtol=1e-6 * (column == "kl"), atol=0
+            )
+        if stop is not None:
+            assert together.settled_at[e] == alone.settled_at
+    if stop is not None:
+        assert len(set(together.settled_at)) > 1
+
+
+def test_masks_of_several_densities_are_stored_with_their_weights_and_trained():
+    net, (z, y, _) = small_net(), problem()
+    mask = sg.search_mask(net, z, y, density=[0.2, 0.5], steps=2).mask
+    for e, density in enumerate([0.2, 0.5]):
+        kept = sum(int(keep[e].sum()) for keep in mask.dense(net).values())
+        assert kept == floor(density * mask.total)
+    both = sg.compile(net, mask, sg.noise_input(6, SIZE, seed=[0, 0]), plan="rule")
+    for e, density in enumerate([0.2, 0.5]):
+        alone = sg.compile(net, sg.search_mask(net, z, y, density=density, steps=2).mask, z, plan="rule")
+        assert torch.equal(both.values[e, : alone.values.shape[1]], alone.values[0])
+
+
+def test_equal_densities_are_one():
+    one, two = (search(density=density, seed=[0, 1]) for density in (0.2, [0.2, 0.2]))
+    assert one.settings == two.settings
+    assert same_masks(one.mask, two.mask)
 
 
 @pytest.mark.parametrize("prunable", ["conv_weights", "all", ["head.weight", "decoder.0.conv.1.weight"]])
@@ -245,6 +290,17 @@ def test_a_search_that_disconnects_warns_and_says_where():
     [
         ({"density": 0.01}, "parameters are always kept"),
         ({"density": 2}, "density above 0 and at most 1"),
+        ({"density": [0.2, 2]}, "density above 0 and at most 1, got 2"),
+        ({"density": [0.2, 0.01]}, "parameters are always kept, got 0.01"),
+        ({"density": []}, "got 0 densities for 1 experiments, give one$"),
+        (
+            {"density": [0.2, 0.3, 0.4], "seed": [1, 2]},
+            "one an experiment, got 3 densities for 2 experiments, give one or 2",
+        ),
+        (
+            {"density": [0.99, 0.9219], "prunable": ["encoder.0.conv1.1.weight"], "group": "filter"},
+            "got one that allows 6 weights",
+        ),
         ({"steps": 0}, "steps as an integer of at least 1, got 0"),
         ({"steps": 1.5}, "steps as an integer"),
         ({"every": 0}, "every as an integer"),

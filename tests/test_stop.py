@@ -162,6 +162,21 @@ def test_settled_stops_when_the_kept_set_does_not_change():
     assert torch.equal(rule.selected(torch.zeros_like(final)), final + noise)
 
 
+@pytest.mark.parametrize("sizes", [None, torch.arange(1000) % 4 + 1])
+def test_settled_counts_each_experiment_by_its_own(sizes):
+    generator = torch.Generator().manual_seed(0)
+    final, counts = torch.randn(3, 1000, generator=generator), [50, 700, 51]
+    together, single = sg.stop.Settled(5, 0.02), [sg.stop.Settled(5, 0.02) for _ in counts]
+    for step in range(100):
+        logits = final + torch.randn(3, 1000, generator=generator) * 0.9**step
+        together.update(step, logits, torch.tensor(counts), sizes)
+        for e, (rule, count) in enumerate(zip(single, counts, strict=True)):
+            rule.update(step, logits[e : e + 1], count, sizes)
+            assert together.exchanged[e] == rule.exchanged[0] or rule.over
+    assert together.stopped_after() == [rule.stopped_after() for rule in single]
+    assert len(set(together.stopped_after())) > 1
+
+
 def test_search_stops_when_settled():
     z, y, _ = problem()
     arguments = {"density": 0.2, "lr": 0.02}

@@ -18,7 +18,7 @@ from sparse_gen.engine.count import Count, count_step
 from sparse_gen.engine.functional import run_experiments, training_copy
 from sparse_gen.engine.graph import Graph
 from sparse_gen.engine.layout import ParameterLayout
-from sparse_gen.engine.layouts import candidates
+from sparse_gen.engine.layouts import candidates, on_gpu
 from sparse_gen.engine.lower import lower
 from sparse_gen.engine.measure import known_time, machine, measured_layout, memory_here
 from sparse_gen.engine.plan import Plan, Stage, engine_stages, others_of, reference_stages
@@ -215,7 +215,7 @@ def compile(
     index = pad_sequence(rows, batch_first=True, padding_value=layout.numel)
     extended = F.pad(initial.expand(experiments, -1), (0, 1))
     values = extended.gather(1, index.expand(experiments, -1))
-    run, plan = build_run(engine, reference, layout, keep, example_input, plan)
+    run, plan = build_run(engine, reference, layout, keep, example_input, plan, experiments)
     return CompiledGenerator(network, reference, layout, index, values, example_input, run, plan)
 
 
@@ -226,6 +226,7 @@ def build_run(
     keep: torch.Tensor,
     z: torch.Tensor,
     plan: Plan | str | os.PathLike[str] | None = None,
+    experiments: int = 1,
 ) -> tuple[NetworkRun | None, Plan]:
     """A network on our operators, or None where it is to stay plain PyTorch, and its plan.
 
@@ -235,6 +236,7 @@ def build_run(
         layout: of the network's parameters, in any order.
         keep: (1, N) bool, or (E, N) of several masks.
         z: (E, C, H, W), the example.
+        experiments: E, which z and keep may have in common.
 
     Raises:
         ValueError, OSError: as `compile`.
@@ -262,7 +264,9 @@ def build_run(
     if one_pass and len(keep) > 1:
         views = [layout.views(keep.any(dim=0).cpu())]
     kept = int(keep.sum(dim=1).max())
-    programs = [Program(graph, layout, row, _chooser(plan, e, z.dtype), kept) for e, row in enumerate(rows)]
+    # On the CPU E of them take E times as long in any layout; chosen as for one, each has the bits it has alone.
+    together = experiments if one_pass and on_gpu(z.device) else 1
+    programs = [Program(graph, layout, row, _chooser(plan, e, z.dtype), kept, together) for e, row in enumerate(rows)]
     stages = tuple(engine_stages(graph, program, kept) for program, kept in zip(programs, views, strict=True))
     others, calls = others_of(graph, programs[0])
     reason = "dead channels left out, resampling folded in"

@@ -48,6 +48,7 @@ class ConvStage(NamedTuple):
         needs_gradient: whether the input's gradient is asked for; z and what depends on it alone need none.
         biased: whether a bias is added.
         device: where it runs.
+        experiments: that one launch serves; on the CPU, where kernels take one after the other, 1.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ConvStage(NamedTuple):
     needs_gradient: bool
     biased: bool
     device: torch.device = torch.device("cpu")
+    experiments: int = 1
 
 
 def candidates(stage: ConvStage) -> list[str]:

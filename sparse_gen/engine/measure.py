@@ -102,6 +102,7 @@ def stage_key(stage: ConvStage, dtype: torch.dtype) -> str:
     words += [f"stride {conv.stride}", f"{conv.padding_mode} {conv.padding}", f"upsample {conv.upsample}"]
     words += ["pool"] * conv.pool + ["bias"] * stage.biased + ["input gradient"] * stage.needs_gradient
     words += [f"kept {int(stage.mask.sum())}", str(dtype).removeprefix("torch.")]
+    words += [f"{stage.experiments} experiments"] * (stage.experiments > 1)
     return ", ".join(words)
 
 
@@ -133,18 +134,20 @@ class _Run:
         self._clock = clock(stage.device)
         self._step.constant_input = not stage.needs_gradient
         generator = torch.Generator().manual_seed(0)
-        out, into = stage.mask.shape[:2]
-        weight = torch.randn(stage.mask.shape, generator=generator, dtype=dtype) * stage.mask
-        self._parameters = [(weight[stage.mask] if sparse else weight)[None].to(stage.device)]
+        (out, into), experiments = stage.mask.shape[:2], stage.experiments
+        weight = torch.randn(experiments, *stage.mask.shape, generator=generator, dtype=dtype) * stage.mask
+        self._parameters = [(weight[:, stage.mask] if sparse else weight).to(stage.device)]
         # A weight that is given whole is first put together from its kept values, and its gradient taken apart.
         self._place = None
         if not sparse and not stage.mask.all():
-            places = torch.arange(int(stage.mask.sum()))
-            self._place = torch.full(stage.mask.shape, len(places)).masked_scatter(stage.mask, places).flatten()
+            kept = int(stage.mask.sum()) * experiments
+            masks = stage.mask.expand_as(weight)
+            self._place = torch.full(masks.shape, kept).masked_scatter(masks, torch.arange(kept)).flatten()
             self._place = self._place.to(stage.device)
-            self._kept = stage.mask.flatten().nonzero()[:, 0].to(stage.device)
-        self._parameters += [torch.randn(1, out, generator=generator, dtype=dtype).to(stage.device)] * stage.biased
-        self._x = torch.randn(1, into, *stage.size, generator=generator, dtype=dtype).to(stage.device)
+            self._kept = masks.flatten().nonzero()[:, 0].to(stage.device)
+        bias = torch.randn(experiments, out, generator=generator, dtype=dtype)
+        self._parameters += [bias.to(stage.device)] * stage.biased
+        self._x = torch.randn(experiments, into, *stage.size, generator=generator, dtype=dtype).to(stage.device)
         self._changes = stage.needs_gradient
         self._gradient: torch.Tensor | None = None
 

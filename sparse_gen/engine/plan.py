@@ -40,7 +40,7 @@ class Stage:
         flops, flops_after: forward, of the whole convolution and of what runs; two a multiplication.
         layout: how it runs; "left out" where nothing of it reaches the output.
         folds: what is folded in, such as "pool folded".
-        ms: forward and backward, where they were measured.
+        ms: forward and backward, where they were measured; on a GPU of all experiments that share a pass.
     """
 
     name: str

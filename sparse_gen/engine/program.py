@@ -45,6 +45,7 @@ class Program:
         keep: (N,) bool, what every experiment keeps; or (E, N), what each of E keeps.
         choose: the layout of each convolution.
         kept: how long an experiment's values are; by default as many as the most that one keeps.
+        together: the experiments that one launch will serve, by which layouts are chosen.
 
     Attributes:
         compaction: what is left of every value; of masks that differ, in any of the experiments.
@@ -55,9 +56,15 @@ class Program:
     """
 
     def __init__(
-        self, graph: Graph, layout: ParameterLayout, keep: torch.Tensor, choose: Choose, kept: int | None = None
+        self,
+        graph: Graph,
+        layout: ParameterLayout,
+        keep: torch.Tensor,
+        choose: Choose,
+        kept: int | None = None,
+        together: int = 1,
     ):
-        self._device = keep.device
+        self._device, self._together = keep.device, together
         keep = keep.cpu().view(-1, keep.shape[-1])
         self.fewest = len(keep)
         self._own = [compact(graph, layout.views(row)) for row in keep]
@@ -136,7 +143,8 @@ class Program:
         mask = self.compaction.weights[number + 1][out][:, into]
         biased = conv.bias is not None and bool(self.compaction.biases[number + 1][out].any())
         changes = x not in self._static_values(graph)
-        return ConvStage(graph.names()[number], conv, mask, graph.shape(x)[1:], changes, biased, self._device)
+        where = (self._device, self._together)
+        return ConvStage(graph.names()[number], conv, mask, graph.shape(x)[1:], changes, biased, *where)
 
     def _selection(self, there: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
         """Where the wanted channels stand among those that are there; None for all, in order."""

@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-Piece = int | tuple[int, int]
+from sparse_gen.engine.collect import Collector, Piece, Zeros
 
 
 class Rows:
@@ -23,6 +23,9 @@ class Rows:
         order: the parameters, by number, and the spans between them, where these make up the values one after the
             other; otherwise empty.
         device: of the values.
+
+    Attributes:
+        write: gives the gradient of the kept values.
     """
 
     def __init__(
@@ -34,18 +37,17 @@ class Rows:
         order: list[Piece],
         device: torch.device,
     ):
-        self._experiments, self._kept, self._shapes, self._order = experiments, kept, shapes, order
+        self._experiments, self._shapes, self._order = experiments, shapes, order
         self._sizes = [experiments * prod(shape) for shape in shapes]
+        rows = torch.arange(experiments)[:, None] * kept
+        # Of all values flat, and a zero behind them.
+        places = [torch.where(own < kept, own + rows, experiments * kept).flatten() for own in index]
+        self.write = Collector(experiments, kept, places, shapes, order, device)
         if order:
             lengths = [piece[1] - piece[0] if isinstance(piece, tuple) else prod(shapes[piece]) for piece in order]
             self._lengths = lengths
-            return
-        values = experiments * kept  # all of them flat, and a zero behind them
-        rows = torch.arange(experiments)[:, None] * kept
-        places = [torch.where(own < kept, own + rows, values).flatten() for own in index]
-        used = torch.cat(places)
-        self._gathered = used.to(device)
-        self._source, self._more = sources(used, values, device)
+        else:
+            self._gathered, self._zeros = torch.cat(places).to(device), Zeros()
 
     def read(self, values: torch.Tensor) -> list[torch.Tensor]:
         """The parameters, (E, *shape) each, from the kept values (E, kept)."""
@@ -60,50 +62,9 @@ class Rows:
                 found[number] if number in found else values.new_empty(self._experiments, *shape)
                 for number, shape in enumerate(self._shapes)
             ]
-        extended = torch.cat([values.reshape(-1), values.new_zeros(1)])
+        extended = torch.cat([values.reshape(-1), self._zeros(1, values)])
         pieces = extended.index_select(0, self._gathered).split(self._sizes)
         return [piece.view(self._experiments, *shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
-
-    def write(self, gradients: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
-        """The gradient of the kept values, (E, kept), from those of the parameters; None is zero."""
-        if self._order:
-            return torch.cat([self._piece(piece, gradients, like) for piece in self._order], dim=1)
-        flat = [
-            like.new_zeros(size) if gradient is None else gradient.reshape(-1)
-            for gradient, size in zip(gradients, self._sizes, strict=True)
-        ]
-        joined = torch.cat([*flat, like.new_zeros(1)])
-        total = joined.index_select(0, self._source)
-        if self._more is not None:
-            total.index_add_(0, self._more[0], joined[self._more[1]])
-        return total.view(self._experiments, self._kept)
-
-    def _piece(self, piece: Piece, gradients: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
-        gradient = None if isinstance(piece, tuple) else gradients[piece]
-        if gradient is not None:
-            return gradient.flatten(1)
-        length = piece[1] - piece[0] if isinstance(piece, tuple) else prod(self._shapes[piece])
-        return like.new_zeros(self._experiments, length)
-
-
-def sources(
-    used: torch.Tensor, values: int, device: torch.device
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-    """Where each value's gradient stands among those of the parameters and a zero behind them.
-
-    Args:
-        used: the values that the parameters read, one after the other; `values` stands for a zero.
-        values: how many there are.
-
-    Returns:
-        For each value a place: its last reader's; and where a value is read in several places, these values and the
-        other readers' places, whose gradients are added.
-    """
-    real = (used < values).nonzero()[:, 0]
-    source = torch.full((values,), len(used))
-    source[used[real]] = real
-    more = real[source[used[real]] != real]
-    return source.to(device), (used[more].to(device), more.to(device)) if len(more) else None
 
 
 def _columns(values: torch.Tensor, lengths: list[int]) -> list[torch.Tensor]:

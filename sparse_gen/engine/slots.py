@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 
-from sparse_gen.engine.rows import Rows, sources
+from sparse_gen.engine.collect import Collector, Piece, Zeros
+from sparse_gen.engine.rows import Rows
 
 
 class Slots:
@@ -14,7 +13,12 @@ class Slots:
 
     Args:
         kept: length of the vector, of the longest where experiments keep different numbers.
+
+    Attributes:
+        write: gives the gradient of the kept values, (1, kept), from those of the parameters.
     """
+
+    write: Collector
 
     def __init__(self, kept: int):
         self._kept = kept
@@ -24,7 +28,7 @@ class Slots:
         self._gathered: torch.Tensor | None = None
         self._sizes: list[int] = []
         self._rows: dict[int, Rows] = {}
-        self._zeros: torch.Tensor | None = None
+        self._zeros = Zeros()
 
     def add(self, index: torch.Tensor) -> int:
         """Add a parameter whose entries stand at `index` (-1: a zero) and return its number.
@@ -52,10 +56,10 @@ class Slots:
         scattered = [index[0] for index, span in zip(self._index, self._ranges, strict=True) if span is None]
         self._gathered = torch.cat(scattered).to(device) if scattered else None
         self._sizes = [len(index) for index in scattered]
-        used = torch.cat([index[0] for index in self._index])
-        self._source, self._more = sources(used, self._kept, device)
-        if not scattered and not self._more:
+        used = [index[0] for index in self._index]
+        if not scattered and not (torch.cat(used).bincount() > 1).any():
             self._order = self._pieces()
+        self.write = Collector(1, self._kept, used, self._shapes, self._order, device)
 
     def of(self, experiments: int) -> Slots | Rows:
         """What reads from the values of so many experiments, (E, kept), and gives their gradient."""
@@ -67,9 +71,9 @@ class Slots:
             )
         return self._rows[experiments]
 
-    def _pieces(self) -> list[int | tuple[int, int]]:
+    def _pieces(self) -> list[Piece]:
         """The spans by their place in the vector, as numbers of parameters, and the gaps between them."""
-        pieces: list[int | tuple[int, int]] = []
+        pieces: list[Piece] = []
         position = 0
         for start, number in sorted((span[0], number) for number, span in enumerate(self._ranges) if span[0] < span[1]):
             if start > position:
@@ -83,39 +87,9 @@ class Slots:
         values = values[0]
         pieces = iter(())
         if self._gathered is not None:
-            extended = torch.cat([values, self._nothing(1, values)])
+            extended = torch.cat([values, self._zeros(1, values)])
             pieces = iter(extended.index_select(0, self._gathered).split(self._sizes))
         return [
             (next(pieces) if span is None else values[span[0] : span[1]]).view(1, *shape)
             for span, shape in zip(self._ranges, self._shapes, strict=True)
         ]
-
-    def write(self, gradients: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
-        """The gradient of the kept values, (1, kept), from those of the parameters; None is zero."""
-        if self._order:
-            # Spans alone, as of a mask that keeps everything: one pass over the vector.
-            return torch.cat([self._piece(piece, gradients, like) for piece in self._order])[None]
-        flat = torch.cat(
-            [
-                *(
-                    self._nothing(prod(shape), like) if gradient is None else gradient.reshape(-1)
-                    for gradient, shape in zip(gradients, self._shapes, strict=True)
-                ),
-                self._nothing(1, like),
-            ]
-        )
-        total = flat.index_select(0, self._source)
-        return (total if self._more is None else total.index_add_(0, self._more[0], flat[self._more[1]]))[None]
-
-    def _piece(self, piece: int | tuple[int, int], gradients, like: torch.Tensor) -> torch.Tensor:
-        if isinstance(piece, tuple):
-            return self._nothing(piece[1] - piece[0], like)
-        gradient, (start, end) = gradients[piece], self._ranges[piece]
-        return self._nothing(end - start, like) if gradient is None else gradient.reshape(-1)
-
-    def _nothing(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        """Zeros, which are kept: on a GPU each time is a launch."""
-        known = self._zeros
-        if known is None or len(known) < count or (known.dtype, known.device) != (like.dtype, like.device):
-            self._zeros = known = like.new_zeros(count)
-        return known[:count]

@@ -87,17 +87,6 @@ def bias_gradient(gradient: torch.Tensor, bias: Tensors) -> Tensors:
     return [gradient.sum(dim=(2, 3))] if bias else []
 
 
-def image(given: torch.Tensor | Loaded) -> torch.Tensor:
-    """What a load is for, without it: a gradient is that of what is read through it."""
-    return given.x if isinstance(given, Loaded) else given.contiguous()
-
-
-def pooled_shape(given: torch.Tensor | Loaded, padding: int) -> torch.Tensor:
-    """A tensor of the shape of `pooled_means`, for a gradient that depends on the shape alone."""
-    x = image(given)
-    return x.new_empty(*x.shape[:2], *(length + 2 * padding - 1 for length in x.shape[2:]))
-
-
 class AutogradStep(Step):
     """A step that is written as plain PyTorch, experiment by experiment, and leaves its backward to autograd."""
 
@@ -239,23 +228,55 @@ class NormHeadStep(Step):
         return [grad_x], [*grads, *bias_gradient(gradient, bias)]
 
 
-class SparseConvStep(Step):
-    """`sparse_conv2d`; a 2×2 pool behind it becomes stride 2 on the 2×2 means of the padded input."""
+class KeptConvStep(Step):
+    """A convolution of kept values alone; a 2×2 pool behind it becomes stride 2 on the 2×2 means of the padded input.
+
+    `gradients(gradient, x, values, load, needs_x, needs_values)` is the operator's backward.
+    """
 
     reads_loads = splits = True
 
-    def __init__(self, conv: Conv, mask: torch.Tensor):
-        stride = 2 if conv.pool else conv.stride
-        pattern = SparsePattern.of(mask, stride)
+    def __init__(self, conv: Conv):
         self._pool, self._padding = conv.pool, (conv.padding, PADDING_MODES.index(conv.padding_mode))
-        padding, mode = (0, 0) if conv.pool else self._padding
-        self._pattern, self._arguments = pattern, _arguments(pattern, padding, mode)
-        self._known: tuple[weakref.ref, _OverPhases] | None = None
+        self.stride, self.padding = (2, (0, 0)) if conv.pool else (conv.stride, self._padding)
 
-    def _source(self, given: torch.Tensor | Loaded) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def gradients(
+        self, gradient: torch.Tensor, x: torch.Tensor, values: torch.Tensor, load: torch.Tensor | None, *needs: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def source(self, given: torch.Tensor | Loaded) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is convolved, and the load that it is read through."""
         x, load = given[:2] if isinstance(given, Loaded) else (given.contiguous(), None)
         return (ops.pooled_means(x, load, *self._padding), None) if self._pool else (x, load)
+
+    def backward(self, gradient, kept, parameters, needs):
+        values, *bias = parameters
+        gradient = gradient.contiguous()
+        # The source is made again rather than kept: it is as large as what it is made from.
+        x, load = self.source(kept)
+        grad_x, grad_values = self.gradients(gradient, x, values, load, needs[0], True)
+        return [self._unpooled(grad_x) if needs[0] else None], [grad_values, *bias_gradient(gradient, bias)]
+
+    def input_gradient(self, gradient, kept, parameters):
+        # That of what is read through a load depends on no number of the input, nor on the load.
+        x = kept.x if isinstance(kept, Loaded) else kept.contiguous()
+        if self._pool:
+            x = x.new_empty(*x.shape[:2], *(length + 2 * self._padding[0] - 1 for length in x.shape[2:]))
+        return self._unpooled(self.gradients(gradient, x, parameters[0], None, True, False)[0])
+
+    def _unpooled(self, grad: torch.Tensor) -> torch.Tensor:
+        return ops.pooled_means_backward(grad, *self._padding) if self._pool else grad
+
+
+class SparseConvStep(KeptConvStep):
+    """`sparse_conv2d`."""
+
+    def __init__(self, conv: Conv, mask: torch.Tensor):
+        super().__init__(conv)
+        self._pattern = SparsePattern.of(mask, self.stride)
+        self._arguments = _arguments(self._pattern, *self.padding)
+        self._known: tuple[weakref.ref, _OverPhases] | None = None
 
     def _prepared(self, given: torch.Tensor | Loaded) -> _OverPhases | None:
         """A constant input as the kernel reads it without a copy."""
@@ -263,7 +284,7 @@ class SparseConvStep(Step):
             return None
         if self._known is None or self._known[0]() is not given:
             padding, mode = self._padding
-            padded = self._source(given)[0] if self._pool else F.pad(given, [padding] * 4, mode=TORCH_MODES[mode])
+            padded = self.source(given)[0] if self._pool else F.pad(given, [padding] * 4, mode=TORCH_MODES[mode])
             self._known = weakref.ref(given), _OverPhases(padded, self._pattern)
         return self._known[1]
 
@@ -273,31 +294,23 @@ class SparseConvStep(Step):
         if prepared is not None:
             y = ops.sparse_conv2d(prepared.x, values[:, prepared.order], bias, *prepared.arguments, None)
         else:
-            x, load = self._source(inputs[0])
+            x, load = self.source(inputs[0])
             y = ops.sparse_conv2d(x, values, bias, *self._arguments, load)
         return y, inputs[0]
 
     def backward(self, gradient, kept, parameters, needs):
+        prepared = None if needs[0] else self._prepared(kept)
+        if prepared is None:
+            return super().backward(gradient, kept, parameters, needs)
         values, *bias = parameters
         gradient = gradient.contiguous()
-        grad_bias = bias_gradient(gradient, bias)
-        prepared = None if needs[0] else self._prepared(kept)
-        if prepared is not None:
-            arguments = (gradient, prepared.x, values[:, prepared.order], *prepared.arguments, None, False, True)
-            _, grad_ordered = ops.sparse_conv2d_backward(*arguments)
-            return [None], [torch.empty_like(values).index_copy_(1, prepared.order, grad_ordered), *grad_bias]
-        # The source is made again rather than kept: it is as large as what it is made from.
-        x, load = self._source(kept)
-        arguments = (gradient, x, values, *self._arguments, load, needs[0], True)
-        grad_x, grad_values = ops.sparse_conv2d_backward(*arguments)
-        if needs[0] and self._pool:
-            grad_x = ops.pooled_means_backward(grad_x, *self._padding)
-        return [grad_x if needs[0] else None], [grad_values, *grad_bias]
+        arguments = (gradient, prepared.x, values[:, prepared.order], *prepared.arguments, None, False, True)
+        _, grad_ordered = ops.sparse_conv2d_backward(*arguments)
+        grad_values = torch.empty_like(values).index_copy_(1, prepared.order, grad_ordered)
+        return [None], [grad_values, *bias_gradient(gradient, bias)]
 
-    def input_gradient(self, gradient, kept, parameters):
-        x = pooled_shape(kept, self._padding[0]) if self._pool else image(kept)
-        grad_x, _ = ops.sparse_conv2d_backward(gradient, x, parameters[0], *self._arguments, None, True, False)
-        return ops.pooled_means_backward(grad_x, *self._padding) if self._pool else grad_x
+    def gradients(self, gradient, x, values, load, *needs):
+        return ops.sparse_conv2d_backward(gradient, x, values, *self._arguments, load, *needs)
 
 
 class _OverPhases:

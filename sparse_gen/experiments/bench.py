@@ -12,7 +12,7 @@ from torch import nn
 import sparse_gen as sg
 from sparse_gen.engine.capture import WARM_UP as WARM_UP_STEPS
 from sparse_gen.engine.capture import StepRunner, capturer
-from sparse_gen.engine.functional import squared_errors, training_copy
+from sparse_gen.engine.functional import training_copy
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.experiments.baselines import (
     TEMPERATURE,
@@ -33,6 +33,7 @@ from sparse_gen.masks.layered import layered_mask
 from sparse_gen.masks.sampled import SampledNetwork
 from sparse_gen.ops.concrete_mask import concrete_mask, concrete_mask_update
 from sparse_gen.ops.philox import Stream, seed_tensor, uniform
+from sparse_gen.ops.squared_errors import squared_errors
 
 # The paper's constants, and all parameters prunable: the published loop knows nothing else.
 SEARCH = {"lr": 1e-2, "kl_weight": 1e-9, "prior": 0.05}

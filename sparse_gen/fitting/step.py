@@ -7,9 +7,9 @@ from torch import nn
 
 from sparse_gen.engine.checks import check_output
 from sparse_gen.engine.compile import CompiledGenerator
-from sparse_gen.engine.functional import squared_errors
 from sparse_gen.fitting.optimiser import Optimiser
 from sparse_gen.ops.philox import Stream, normal
+from sparse_gen.ops.squared_errors import squared_errors
 
 
 class FitStep:

@@ -192,9 +192,12 @@ class Settled(_Rule):
         self.logits: torch.Tensor | None = None
         self.exchanged: torch.Tensor | None = None
 
-    def update(self, step: int, logits: torch.Tensor, count: int, sizes: torch.Tensor | None = None) -> bool:
+    def update(
+        self, step: int, logits: torch.Tensor, count: int | torch.Tensor, sizes: torch.Tensor | None = None
+    ) -> bool:
         """Take the logits after a step, (E, N), of which the `count` largest are kept; steps come from 0 on.
 
+        A count an experiment is (E,) int64, on the logits' device.
         With `sizes`, (N,), a logit stands for so many weights, and the largest are kept that have `count` in all.
         """
         if self.logits is None:
@@ -205,13 +208,16 @@ class Settled(_Rule):
         if (step + 1) % self.window:
             return False
         running = self.stopped_at < 0
-        if sizes is None:
+        each = isinstance(count, torch.Tensor)
+        if sizes is None and not each:
             threshold = logits.kthvalue(logits.shape[1] - count + 1, dim=1, keepdim=True).values
-            kept, weight = logits >= threshold, 1
         else:
             ranked, order = logits.sort(dim=1, descending=True, stable=True)
-            number = (sizes[order].cumsum(dim=1) <= count).sum(dim=1, keepdim=True).clamp(min=1)
-            kept, weight = logits >= ranked.gather(1, number - 1), sizes
+            number = count[:, None] if each else count
+            if sizes is not None:
+                number = (sizes[order].cumsum(dim=1) <= number).sum(dim=1, keepdim=True).clamp(min=1)
+            threshold = ranked.gather(1, number - 1)
+        kept, weight = logits >= threshold, 1 if sizes is None else sizes
         exchanged = (weight * (kept & ~self._kept)).sum(dim=1) / (weight * kept).sum(dim=1)
         self.logits = torch.where(running[:, None], logits, self.logits)
         self.exchanged = torch.where(running, exchanged, self.exchanged)

@@ -25,7 +25,7 @@ from sparse_gen.masks.magnitude import magnitude
 from sparse_gen.masks.pruning import SCOPES, Found, Progress, Pruning, floors
 from sparse_gen.masks.random import random_scores
 from sparse_gen.masks.search import SearchResult, make_mask, network_recipe, search_mask
-from sparse_gen.masks.selection import kept_count, prunable_layout
+from sparse_gen.masks.selection import densities_of, kept_count, prunable_layout
 from sparse_gen.masks.snip import snip
 from sparse_gen.masks.synflow import synflow
 from sparse_gen.ops.philox import seed_tensor
@@ -48,7 +48,7 @@ def find(
     z: torch.Tensor,
     y: torch.Tensor,
     *,
-    density: float = 0.05,
+    density: float | Sequence[float] = 0.05,
     scope: str = "global",
     prunable: str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None = None,
     seed: int | Sequence[int] = 0,
@@ -67,7 +67,8 @@ def find(
         z: its input, (E, C, H, W) or (1, C, H, W).
         y: the measurement, (E, C, H, W) in [0, 1]; (n, C, H, W) for `imp` with `multi_image=True`. "magnitude",
             "random" and "synflow" do not look at it.
-        density: kept fraction of all parameters, those that are always kept included.
+        density: kept fraction of all parameters, those that are always kept included; for "oes" also a list of one an
+            experiment.
         scope: "global" ranks all prunable weights together, "layer" keeps the same fraction of every prunable
             parameter.
         prunable: "conv_weights", "all", parameter names, or a function of name and parameter; by default
@@ -200,12 +201,12 @@ def _oes(net, z, y, density, scope, prunable, seed, floor, recipe, progress, opt
     several = result.mask.has_experiment_axis
     logits = layout.flatten(result.logits, result.mask.experiments if several else None).view(-1, layout.numel)
     seeds = seed_tensor(seed, z.device).expand(len(logits))
-    count = kept_count(density, layout.numel + whole.numel, whole.numel)
+    counts = [kept_count(each, layout.numel + whole.numel, whole.numel) for each in densities_of(density, len(logits))]
     problem = [
         Pruning(net, network, layout, weight[0], {}, z, y, count, scope, floor, seeds[e : e + 1])
-        for e in range(len(logits))
+        for e, count in enumerate(counts)
     ]
-    keep = torch.stack([one.choose(row, count) for one, row in zip(problem, logits, strict=True)])
+    keep = torch.stack([one.choose(row, one.count) for one, row in zip(problem, logits, strict=True)])
     settings = {**result.settings, "scope": scope, "floor": floor}
     recipe = {**result.mask.recipe, "search": {**result.mask.recipe["search"], "scope": scope, "floor": floor}}
     again = _assemble(network, layout, whole, keep, weight, kept_whole, z, recipe)

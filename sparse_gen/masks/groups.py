@@ -10,6 +10,7 @@ from math import prod
 import torch
 
 from sparse_gen.engine.layout import ParameterLayout
+from sparse_gen.masks.selection import column
 from sparse_gen.ops.philox import Stream, uniform
 
 NAMED = ("weight", "kernel", "filter")
@@ -134,14 +135,15 @@ class Groups:
             means.append((product.mean(dim=tiles.within) if tiles.within else product).reshape(len(first), -1))
         return torch.cat(means, dim=1)
 
-    def keep(self, scores: torch.Tensor, count: int, seed: torch.Tensor) -> torch.Tensor:
+    def keep(self, scores: torch.Tensor, count: int | torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
         """(E, G) bool: the best groups, as many as have at most `count` weights in all; ties by the seed.
 
-        The first group of the ranking that would exceed `count` and all behind it are pruned.
+        The first group of the ranking that would exceed `count` and all behind it are pruned. A count an experiment is
+        (E,) int64.
         """
         by_chance = uniform(seed, 0, Stream.TIES, scores.shape[1]).argsort(dim=1, stable=True)
         order = by_chance.gather(1, scores.gather(1, by_chance).argsort(dim=1, descending=True, stable=True))
-        kept = self.sizes.to(scores.device)[order].cumsum(dim=1) <= count
+        kept = self.sizes.to(scores.device)[order].cumsum(dim=1) <= column(count)
         return torch.zeros_like(kept).scatter(1, order, kept)
 
     def _pairs(self, flat: torch.Tensor, values: torch.Tensor):

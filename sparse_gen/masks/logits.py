@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+
 import torch
 
 from sparse_gen.engine.layout import ParameterLayout
@@ -19,7 +22,8 @@ class Logits:
         weight: (N,) or (E, N), what is masked.
         seeds: (E,) int64.
         initial: where all logits start.
-        temperature, prior, kl_weight, lr, betas, eps: as for `search_mask`.
+        prior: p0, or one an experiment.
+        temperature, kl_weight, lr, betas, eps: as for `search_mask`.
 
     Attributes:
         values: (E, N) or, with groups, (E, G).
@@ -40,15 +44,16 @@ class Logits:
         *,
         initial: float,
         temperature: float,
-        prior: float,
+        prior: float | Sequence[float],
         kl_weight: float,
         lr: float,
         betas: tuple[float, float],
         eps: float,
     ):
         self.groups = None if group_name(group) == "weight" else Groups(layout, group)
-        self._weight, self._seeds, self._temperature, self._prior = weight, seeds, temperature, prior
-        self._constants = {"kl_weight": kl_weight, "lr": lr, "betas": betas, "eps": eps, "prior": prior}
+        self._weight, self._seeds, self._temperature = weight, seeds, temperature
+        self._constants = {"kl_weight": kl_weight, "lr": lr, "betas": betas, "eps": eps}
+        self._priors = _runs([prior] * len(seeds) if isinstance(prior, (int, float)) else list(prior))
         count = layout.numel if self.groups is None else len(self.groups)
         self.values = torch.full((len(seeds), count), float(initial), dtype=weight.dtype, device=weight.device)
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.values), torch.zeros_like(self.values)
@@ -78,19 +83,21 @@ class Logits:
         else:
             gradient = self.groups.mean_product(gradient, self._weight)
             weight, target = self._one, self._soft_mask
-        concrete_mask_update(
-            self.values, self.exp_avg, self.exp_avg_sq, target, weight, gradient, self._seeds, step,
-            temperature=self._temperature, **self._constants,
-        )  # fmt: skip
+        learned = (self.values, self.exp_avg, self.exp_avg_sq, target)
+        for rows, prior in self._priors:  # the operator takes one prior
+            concrete_mask_update(
+                *(tensor[rows] for tensor in learned), weight if weight.ndim == 1 else weight[rows], gradient[rows],
+                self._seeds[rows], step, temperature=self._temperature, prior=prior, **self._constants,
+            )  # fmt: skip
         if self.groups is not None:
             self.groups.multiply(self._weight, target, masked_weight)
 
     def kl(self) -> torch.Tensor:
         """(E,), in nats, the sum over weights."""
-        return kl_divergence(self.values, self._prior, self.sizes)
+        return torch.cat([kl_divergence(self.values[rows], prior, self.sizes) for rows, prior in self._priors])
 
-    def keep(self, values: torch.Tensor, count: int) -> torch.Tensor:
-        """(E, N) bool: what is kept for logits `values`; whole groups, at most `count` weights.
+    def keep(self, values: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+        """(E, N) bool: what is kept for logits `values`; whole groups, at most `count` weights, or (E,) of each.
 
         Raises:
             ValueError: not one group is as small as that.
@@ -98,9 +105,11 @@ class Logits:
         if self.groups is None:
             return top_k(values, count, self._seeds)
         keep = self.groups.keep(values, count, self._seeds)
-        if not keep.any(dim=1).all():
+        empty = ~keep.any(dim=1)
+        if empty.any():
+            allowed = int(count[empty].min()) if isinstance(count, torch.Tensor) else count
             raise ValueError(
-                f"expected a density that keeps a group {self.groups.name}, got one that allows {count:,} weights, "
+                f"expected a density that keeps a group {self.groups.name}, got one that allows {allowed:,} weights, "
                 f"where groups have up to {int(self.groups.sizes.max()):,}, raise it or take smaller groups"
             )
         return self.groups.expand(keep)
@@ -115,3 +124,12 @@ class Logits:
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Take what `state` gave out of a checkpoint's tensors."""
         self.values, self.exp_avg, self.exp_avg_sq = (state.pop(name).to(self.values.device) for name in self.state())
+
+
+def _runs(priors: list[float]) -> list[tuple[slice, float]]:
+    """The experiments that follow each other with one prior."""
+    runs = []
+    for prior, group in groupby(enumerate(priors), key=lambda pair: pair[1]):
+        places = [place for place, _ in group]
+        runs.append((slice(places[0], places[-1] + 1), prior))
+    return runs

@@ -9,9 +9,10 @@ from torch import nn
 
 from sparse_gen.engine.checks import check_output
 from sparse_gen.engine.compile import build_run
-from sparse_gen.engine.functional import run_experiments, squared_errors
+from sparse_gen.engine.functional import run_experiments
 from sparse_gen.engine.layout import ParameterLayout
 from sparse_gen.engine.plan import Plan
+from sparse_gen.ops.squared_errors import squared_errors
 
 
 class SampledNetwork:
@@ -44,7 +45,7 @@ class SampledNetwork:
         # Prunable ones first: of one experiment they are then one piece of memory, and no step copies them.
         self._layout = ParameterLayout({**prunable.shapes, **whole.shapes})
         keep = torch.ones(1, self._layout.numel, dtype=torch.bool, device=z.device)
-        self._run, self.plan = build_run(engine, network, self._layout, keep, z, plan)
+        self._run, self.plan = build_run(engine, network, self._layout, keep, z, plan, experiments)
         self._network = network
         # oneDNN and cuDNN convolve without reordering where the channels come last.
         plain = self._run is None

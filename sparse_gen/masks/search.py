@@ -28,7 +28,7 @@ from sparse_gen.masks.logits import Logits
 from sparse_gen.masks.mask import Mask
 from sparse_gen.masks.sampled import SampledNetwork
 from sparse_gen.masks.search_step import SearchStep
-from sparse_gen.masks.selection import kept_count, prunable_layout
+from sparse_gen.masks.selection import densities_of, kept_count, one_or_all, prunable_layout
 from sparse_gen.ops.philox import Stream, seed_tensor, uniform
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def search_mask(
     z: torch.Tensor,
     y: torch.Tensor,
     *,
-    density: float = 0.05,
+    density: float | Sequence[float] = 0.05,
     preset: str = "quick",
     steps: int | None = None,
     lr: float | None = None,
@@ -155,7 +155,7 @@ def search_mask(
         net: the network at its initialisation, in training mode, or a `stack` of several; it is left untouched.
         z: its input, (E, C, H, W) or (1, C, H, W).
         y: the measurement, (E, C, H, W) in [0, 1].
-        density: kept fraction of all parameters, those that are always kept included.
+        density: kept fraction of all parameters, those that are always kept included; or a list of one an experiment.
         preset: "quick", "lean" (lr 0.1, kl_weight 6e-9, everything prunable, 2,000 steps: for training that goes on to
             its end) or "paper" (lr 1e-2, kl_weight 1e-9, everything prunable, 60,000 steps); whatever is given beside
             it takes precedence.
@@ -164,7 +164,7 @@ def search_mask(
         kl_weight: λ of the KL term, which sums over weights.
         prunable: "conv_weights", "all", parameter names, or a function of name and parameter.
         temperature: of the concrete sample.
-        prior: p0; by default the density.
+        prior: p0; by default the density, each experiment's own.
         group: which weights share a logit and are kept or pruned together: None (or "weight"), "kernel" (the plane of
             one output and one input channel), "filter" (an output channel), or (bo, bi), also written "8x1", so many
             output × input channels at one tap. Where channels do not divide, the last groups are cut; parameters that
@@ -185,8 +185,8 @@ def search_mask(
         `SearchResult`.
 
     Raises:
-        ValueError: an argument is out of range, shapes do not fit, or the density is too small to keep what is
-            always kept, or a single group; or the checkpoint is of another run.
+        ValueError: an argument is out of range, shapes do not fit, there are not as many densities as experiments, or
+            one is too small to keep what is always kept, or a single group; or the checkpoint is of another run.
         FloatingPointError: the loss is not finite; the message names the step. Checkpoints stay at finite ones.
         RunInterrupted: `checkpoints.request_stop()` was called.
 
@@ -198,7 +198,7 @@ def search_mask(
     stop = _rule(stop, preset, steps)
     settings = _settings(preset, steps=steps, lr=lr, kl_weight=kl_weight, prunable=prunable)
     steps, lr, kl_weight = settings["steps"], settings["lr"], settings["kl_weight"]
-    prior, group = density if prior is None else prior, group_name(group)
+    group = group_name(group)
     check_input(z)
     check_measurement(y, z)
     check_count(steps, "steps")
@@ -207,10 +207,6 @@ def search_mask(
     network = training_copy(template(net))
     layout = prunable_layout(network, settings["prunable"])
     whole = ParameterLayout.of(network, [n for n, _ in network.named_parameters() if n not in layout.shapes])
-    count = kept_count(density, layout.numel + whole.numel, whole.numel)
-    # At density 1 there is nothing to choose, and no prior of 1: the logarithm of its complement is infinite.
-    prior = min(prior, 1 - 1e-6) if density == 1 else prior
-
     seeds = seed_tensor(seed, z.device)
     kept_whole = initial_weights(net, whole).to(z.dtype)
     counts = {"z": len(z), "y": len(y), "seed": len(seeds), "net": len(kept_whole)}
@@ -218,6 +214,13 @@ def search_mask(
     for name, number in counts.items():
         if number not in (1, experiments):
             raise ValueError(f"expected {experiments} experiments (or 1) in {name}, got {number}")
+    densities = densities_of(density, experiments)
+    experiments = len(densities)
+    count = one_or_all([kept_count(each, layout.numel + whole.numel, whole.numel) for each in densities])
+    count = torch.tensor(count, device=z.device) if isinstance(count, list) else count
+    # At density 1 there is nothing to choose, and no prior of 1: the logarithm of its complement is infinite.
+    priors = [each if prior is None else prior for each in densities]
+    priors = [min(own, 1 - 1e-6) if each == 1 else own for own, each in zip(priors, densities, strict=True)]
     seeds = seeds.expand(experiments).contiguous()
 
     weight = initial_weights(net, layout).to(z.dtype)
@@ -227,16 +230,16 @@ def search_mask(
     kept_whole = whole.views(kept_whole)
     weight = weight[0] if len(weight) == 1 else weight
     logits = Logits(
-        layout, group, weight, seeds, initial=initial_logit, temperature=temperature, prior=prior,
+        layout, group, weight, seeds, initial=initial_logit, temperature=temperature, prior=priors,
         kl_weight=kl_weight, lr=lr, betas=betas, eps=eps,
     )  # fmt: skip
     logits.sample(sampled.masked_weight)
     history = History()
 
     settings.update(
-        density=density,
+        density=one_or_all(densities),
         temperature=temperature,
-        prior=prior,
+        prior=one_or_all(priors),
         initial_logit=initial_logit,
         betas=list(betas),
         eps=eps,

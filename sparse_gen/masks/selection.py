@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import floor, isfinite
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,12 +64,34 @@ def kept_count(density: float, total: int, always_kept: int) -> int:
     return count
 
 
-def top_k(scores: torch.Tensor, count: int, seed: torch.Tensor) -> torch.Tensor:
+def densities_of(density: float | Sequence[float], experiments: int) -> list[float]:
+    """One density an experiment; where there is one experiment, several densities make as many.
+
+    Raises:
+        ValueError: there are not as many densities as experiments.
+    """
+    given = list(density) if isinstance(density, (list, tuple)) else [density]
+    if len(given) == 1:
+        return given * experiments
+    if not given or experiments not in (1, len(given)):
+        raise ValueError(
+            f"expected one density or one an experiment, got {len(given)} densities for {experiments} experiments, "
+            f"give one{f' or {experiments}' if experiments > 1 else ''}"
+        )
+    return given
+
+
+def one_or_all(numbers: list) -> Any:
+    """The number that all experiments have, or the list where they differ."""
+    return numbers if len(set(numbers)) > 1 else numbers[0]
+
+
+def top_k(scores: torch.Tensor, count: int | torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
     """Keep the `count` largest scores of each experiment, ties broken at random by its seed.
 
     Args:
         scores: (E, N).
-        count: how many of the N.
+        count: how many of the N, or one an experiment, (E,) int64.
         seed: (E,) int64.
 
     Returns:
@@ -76,5 +99,11 @@ def top_k(scores: torch.Tensor, count: int, seed: torch.Tensor) -> torch.Tensor:
     """
     by_chance = uniform(seed, 0, Stream.TIES, scores.shape[1]).argsort(dim=1, stable=True)
     by_score = scores.gather(1, by_chance).argsort(dim=1, descending=True, stable=True)
-    kept = by_chance.gather(1, by_score[:, :count])
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, kept, True)
+    order = by_chance.gather(1, by_score)
+    kept = torch.arange(scores.shape[1], device=scores.device) < column(count)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, kept.expand_as(order))
+
+
+def column(count: int | torch.Tensor) -> int | torch.Tensor:
+    """A count of all experiments, or (E,) of each, as it is compared with (E, N)."""
+    return count[:, None] if isinstance(count, torch.Tensor) else count

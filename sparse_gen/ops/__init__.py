@@ -16,6 +16,7 @@ from sparse_gen.ops import (
     pooled_means,
     sparse_conv2d,
     sparse_upsample_conv2d,
+    squared_errors,
 )
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "pooled_means",
     "sparse_conv2d",
     "sparse_upsample_conv2d",
+    "squared_errors",
 ]

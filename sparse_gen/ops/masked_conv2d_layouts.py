@@ -1,4 +1,4 @@
-"""The ways to compute `masked_conv2d` on the CPU, each with its backward pass; every one gives the same result."""
+"""The ways to compute `masked_conv2d`, each with its backward pass; every one gives the same result."""
 
 from __future__ import annotations
 
@@ -98,10 +98,6 @@ def _upsample_backward(grad, x, upsample):
     return aten.upsample_bilinear2d_backward(grad.contiguous(), size, list(x.shape), False, 2.0, 2.0)
 
 
-def _each(tensor, experiments):
-    return [None] * experiments if tensor is None else tensor
-
-
 # Folded, a pool leaves a convolution of stride 2 without padding. Returns what is convolved, its stride and padding.
 def _prepare(x, stride, padding, mode, upsample, pool):
     large = F.interpolate(x, scale_factor=2, mode=UPSAMPLE[upsample]) if upsample else x
@@ -140,13 +136,11 @@ def _convolved_size(prepared, weight, stride, padding):
 
 
 def _convolution_layout(convolve, convolve_backward) -> SimpleNamespace:
-    """A layout that convolves the prepared image of one experiment."""
+    """A layout that convolves the prepared images of all experiments."""
 
     def forward(x, weight, bias, stride, padding, mode, upsample, pool):
         _, prepared, step, left = _prepare(x, stride, padding, mode, upsample, pool)
-        biases = _each(bias, len(x))
-        parts = [convolve(prepared[e : e + 1], weight[e], biases[e], step, left) for e in range(len(x))]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        out = convolve(prepared, weight, bias, step, left)
         return F.avg_pool2d(out, 2) if pool and stride == 2 else out
 
     def backward(grad_out, x, weight, stride, padding, mode, upsample, pool, needs_x, needs_weight):
@@ -154,36 +148,96 @@ def _convolution_layout(convolve, convolve_backward) -> SimpleNamespace:
         large, prepared, step, left = prepare(x, stride, padding, mode, upsample, pool)
         if pool and stride == 2:
             grad_out = _unpool(grad_out, _convolved_size(prepared, weight, step, left))
-        grads_x, grads_weight = [], []
-        for e in range(len(x)):
-            one = slice(e, e + 1)
-            grad_x, grad_weight = convolve_backward(
-                grad_out[one], prepared[one], weight[e], step, left, needs_x, needs_weight
-            )
-            grads_x.append(grad_x)
-            grads_weight.append(grad_weight)
+        grad_x, grad_weight = convolve_backward(grad_out, prepared, weight, step, left, needs_x, needs_weight)
         empty = x.new_empty(0)
-        grad_x = empty
         if needs_x:
-            grad = grads_x[0] if len(x) == 1 else torch.cat(grads_x)
-            grad_x = _unprepare(grad, large, x, stride, padding, mode, upsample, pool).contiguous()
-        return grad_x, _stacked(grads_weight) if needs_weight else empty
+            grad_x = _unprepare(grad_x, large, x, stride, padding, mode, upsample, pool).contiguous()
+        return grad_x if needs_x else empty, grad_weight if needs_weight else empty
 
     return SimpleNamespace(forward=forward, backward=backward)
+
+
+def _one_by_one(convolve):
+    """A convolution (E, …) from that of one experiment."""
+
+    def run(x, weight, bias, stride, padding):
+        biases = [None] * len(x) if bias is None else bias
+        parts = [convolve(x[e : e + 1], weight[e], biases[e], stride, padding) for e in range(len(x))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return run
+
+
+def _one_by_one_backward(convolve_backward):
+    """The gradients by x and weight, None where not needed, from those of one experiment."""
+
+    def run(grad_out, x, weight, stride, padding, needs_x, needs_weight):
+        grads = [
+            convolve_backward(grad_out[e : e + 1], x[e : e + 1], weight[e], stride, padding, needs_x, needs_weight)
+            for e in range(len(x))
+        ]
+        grads_x, grads_weight = zip(*grads, strict=True)
+        grad_x = None
+        if needs_x:
+            grad_x = grads_x[0] if len(x) == 1 else torch.cat(grads_x)
+        return grad_x, _stacked(grads_weight) if needs_weight else None
+
+    return run
 
 
 def _stacked(rows):
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
-def _direct(x, weight, bias, stride, padding):
+def _plain(x, weight, bias, stride, padding):
     return F.conv2d(x, weight, bias, stride=stride, padding=padding)
 
 
-def _direct_backward(grad_out, x, weight, stride, padding, needs_x, needs_weight):
+def _plain_backward(grad_out, x, weight, stride, padding, needs_x, needs_weight, groups=1):
+    needs = [needs_x, needs_weight, False]
     return aten.convolution_backward(
-        grad_out, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [needs_x, needs_weight, False]
+        grad_out, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, needs
     )[:2]
+
+
+def grouped(x, weight, bias, stride, padding):
+    """The experiments as the groups of one convolution: one launch for all of them.
+
+    Args:
+        x, weight, bias: (E, in, H, W), (E, out, in, kh, kw), and (E, out) or None.
+        stride, padding: zeros on every side.
+
+    Returns:
+        (E, out, H', W').
+    """
+    experiments = len(x)
+    own_bias = None if bias is None else bias.flatten()
+    y = F.conv2d(_side_by_side(x), weight.flatten(0, 1), own_bias, stride=stride, padding=padding, groups=experiments)
+    return y.view(experiments, -1, *y.shape[2:])
+
+
+def grouped_backward(grad_out, x, weight, stride, padding, needs_x, needs_weight):
+    """The gradients of `grouped` by x and weight, None where not needed."""
+    tensors = (_side_by_side(grad_out), _side_by_side(x), weight.flatten(0, 1))
+    grad_x, grad_weight = _plain_backward(*tensors, stride, padding, needs_x, needs_weight, groups=len(x))
+    return grad_x.view(x.shape) if needs_x else None, grad_weight.view(weight.shape) if needs_weight else None
+
+
+def _side_by_side(images):
+    return images.reshape(1, -1, *images.shape[2:])
+
+
+def _on_gpu_together(together, one_by_one):
+    """Takes the experiments together on a GPU, where a launch each costs more than the work of a small layer."""
+
+    def run(x, *arguments):
+        return (one_by_one if x.device.type == "cpu" or len(x) == 1 else together)(x, *arguments)
+
+    return run
+
+
+_direct = _on_gpu_together(grouped, _one_by_one(_plain))
+_direct_backward = _on_gpu_together(grouped_backward, _one_by_one_backward(_plain_backward))
 
 
 # One multiplication of matrices with the weight as it lies: where the image is small and the weight large, oneDNN
@@ -236,11 +290,10 @@ def _phase_forward(x, weight, bias, _stride, _padding, mode, _upsample, _pool):
     height, width = x.shape[2:]
     small, summed = _replicated(x, mode), _phase_weight(weight)
     out = x.new_empty(experiments, out_channels, height, 2, width, 2)
-    for e in range(experiments):
-        phases = F.conv2d(small[e : e + 1], summed[e]).view(2, 2, out_channels, height + 1, width + 1)
-        for a in range(2):
-            for b in range(2):
-                out[e, :, :, a, :, b] = phases[a, b, :, a : a + height, b : b + width]
+    phases = _direct(small, summed, None, 1, 0).view(experiments, 2, 2, out_channels, height + 1, width + 1)
+    for a in range(2):
+        for b in range(2):
+            out[:, :, :, a, :, b] = phases[:, a, b, :, a : a + height, b : b + width]
     out = out.view(experiments, out_channels, 2 * height, 2 * width)
     return out if bias is None else out.add_(bias[:, :, None, None])
 
@@ -254,21 +307,16 @@ def _phase_backward(grad_out, x, weight, _stride, _padding, mode, _upsample, _po
     for a in range(2):
         for b in range(2):
             phases[:, a, b, :, a : a + height, b : b + width] = grad[:, :, :, a, :, b]
-    grads_x, grads_weight = [], []
-    for e in range(experiments):
-        one = phases[e].view(1, 4 * out_channels, height + 1, width + 1)
-        grad_x, grad_weight = _direct_backward(one, small[e : e + 1], summed[e], 1, 0, needs_x, needs_weight)
-        grads_x.append(grad_x)
-        grads_weight.append(grad_weight)
-    empty = x.new_empty(0)
-    grad_x = grad_weight = empty
+    phases = phases.view(experiments, 4 * out_channels, height + 1, width + 1)
+    grad_x, grad_weight = _direct_backward(phases, small, summed, 1, 0, needs_x, needs_weight)
     if needs_x:
-        grad_x = _pad_backward(torch.cat(grads_x), x, 1, 0 if mode == 0 else 2).contiguous()
+        grad_x = _pad_backward(grad_x, x, 1, 0 if mode == 0 else 2).contiguous()
     if needs_weight:
         sums = _sums(weight.dtype, weight.device)
-        parts = torch.stack(grads_weight).view(experiments, 2, 2, out_channels, in_channels, 2, 2)
+        parts = grad_weight.view(experiments, 2, 2, out_channels, in_channels, 2, 2)
         grad_weight = torch.einsum("eaboirc,ary,bcx->eoiyx", parts, sums, sums).contiguous()
-    return grad_x, grad_weight
+    empty = x.new_empty(0)
+    return grad_x if needs_x else empty, grad_weight if needs_weight else empty
 
 
 # Reflecting the up-sampled image by one pixel repeats the small image's border.
@@ -307,7 +355,7 @@ def _tiles_layout(name: str) -> SimpleNamespace:
 
 _RUN = {
     "direct": _convolution_layout(_direct, _direct_backward),
-    "gemm": _convolution_layout(_gemm, _gemm_backward),
+    "gemm": _convolution_layout(_one_by_one(_gemm), _one_by_one_backward(_gemm_backward)),
     "phase": SimpleNamespace(forward=_phase_forward, backward=_phase_backward),
     "tiles": _tiles_layout("masked_conv2d_tiles"),
     "split": _tiles_layout("masked_conv2d_split"),
