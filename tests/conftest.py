@@ -17,6 +17,15 @@ settings.register_profile("fresh", **_BUSY)
 settings.register_profile("repeatable", derandomize=True, **_BUSY)
 settings.load_profile("repeatable" if os.environ.get("CI") else "fresh")
 
+# What takes minutes: a process that came to one of these at the end would be at it alone.
+LONGEST = ("test_sanitizers", "test_nvcc", "test_package")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where several processes share the files, the longest come first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_tests(tmp_path_factory):
