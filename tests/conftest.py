@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -25,6 +26,15 @@ def pytest_collection_modifyitems(config, items):
     """Where several processes share the files, the longest come first."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture(autouse=True)
+def hastened_interpreter(request):
+    if request.node.get_closest_marker("interpreter"):
+        with suppress(ImportError):  # without Triton, the test skips itself
+            from interpreted import hasten
+
+            hasten()
 
 
 @pytest.fixture(scope="session", autouse=True)
