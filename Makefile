@@ -20,8 +20,10 @@ demo: $(INSTALLED)  ## restore a noisy photograph; the pictures go to demo/
 	@echo "The pictures are in $(CURDIR)/demo:"
 	@ls demo/*.png
 
+# A process a processor, and a file in one of them: so what its tests share is built once. Threads that spin while they
+# wait take the processor from the other processes: 656 tests of two in over 300 s, and in 61 s where they sleep.
 test: lint  ## run the tests
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses=8 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)  ## check the sources
 	$(BIN)/ruff check .

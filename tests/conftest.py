@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -16,6 +17,24 @@ _BUSY = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("fresh", **_BUSY)
 settings.register_profile("repeatable", derandomize=True, **_BUSY)
 settings.load_profile("repeatable" if os.environ.get("CI") else "fresh")
+
+# What takes minutes: a process that came to one of these at the end would be at it alone.
+LONGEST = ("test_sanitizers", "test_nvcc", "test_package")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where several processes share the files, the longest come first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture(autouse=True)
+def hastened_interpreter(request):
+    if request.node.get_closest_marker("interpreter"):
+        with suppress(ImportError):  # without Triton, the test skips itself
+            from interpreted import hasten
+
+            hasten()
 
 
 @pytest.fixture(scope="session", autouse=True)

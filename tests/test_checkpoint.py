@@ -67,6 +67,8 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_bits(tmp_path, run, do
     assert same(run(folder, resume=True), run())
 
 
+# pytest-xdist's own thread, which a child does without; Python 3.12 warns of any.
+@pytest.mark.filterwarnings("ignore:.* is multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("run", [search, fit])
 def test_twenty_kills_at_random_moments(tmp_path, run):
     """SIGKILL at any moment, twenty times over, and each time resumed: the end is that of an undisturbed run."""

@@ -9,8 +9,14 @@ from sparse_gen.ops.conv_norm import conv_norm_reference
 
 # DESIGN's "ieee": a float32 operator's norm-wise error against float64.
 TOLERANCE = 5e-6
-# Each with one normalisation or two: the interpreter takes its time.
-CASES = [(arguments, number % 2 == 0) for number, arguments in enumerate(ARGUMENTS)] + [(ARGUMENTS[0], False)]
+# Rows that one program holds or not, of sums that are split or not: one of these pairs shows both of both.
+WAYS = (("whole", "tiles split"), ("whole split", "tiles"))
+# Each with one normalisation or two, and one of the pairs, of which both see both: the interpreter takes its time.
+CASES = [
+    (way, arguments, number % 2 == 0)
+    for number, arguments in enumerate([*ARGUMENTS, ARGUMENTS[0]])
+    for way in WAYS[number // 2 % 2]
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -20,9 +26,8 @@ def kernel(poisoned, monkeypatch):
     return pytest.importorskip("sparse_gen.kernels.conv_norm", reason="triton is not installed")
 
 
-@pytest.fixture(params=["whole", "whole split", "tiles", "tiles split"])
+@pytest.fixture
 def kernel_of(request, kernel, monkeypatch):
-    """Rows that one program holds or not, of sums that are split or not."""
     if "split" in request.param:
         monkeypatch.setattr("sparse_gen.kernels.splits.MIN_ITERATIONS", 1)
     else:
@@ -38,7 +43,7 @@ def there(given):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("arguments", "second"), CASES, ids=str)
+@pytest.mark.parametrize(("kernel_of", "arguments", "second"), CASES, ids=str, indirect=["kernel_of"])
 def test_output_load_and_moments(kernel_of, arguments, second):
     x, weight, bias, load, norms = problem(2, arguments, second, (11, 9))
     wanted = forward(
@@ -51,7 +56,7 @@ def test_output_load_and_moments(kernel_of, arguments, second):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("arguments", "second"), CASES, ids=str)
+@pytest.mark.parametrize(("kernel_of", "arguments", "second"), CASES, ids=str, indirect=["kernel_of"])
 def test_gradients(kernel_of, arguments, second):
     given, wanted = backward_problem(2, arguments, second)
     # In front of a second normalisation the exact gradients of the first γ and β nearly vanish; see `norm_load`.
@@ -64,7 +69,7 @@ def test_gradients(kernel_of, arguments, second):
 @pytest.mark.interpreter
 def test_the_same_bits_beside_other_experiments(kernel, monkeypatch):
     monkeypatch.setattr("sparse_gen.kernels.splits.MIN_ITERATIONS", 1)
-    given, _ = backward_problem(3, (1, 1, 1, 1, False), True)
+    given, _ = backward_problem(3, (1, 1, 1, 1, False), True, (5, 4))
     alone = [t[1:2].contiguous() if isinstance(t, torch.Tensor) else t for t in given]
     for own, all_of_them in zip(
         kernel.norm_conv_backward(*there(alone)), kernel.norm_conv_backward(*there(given)), strict=True
