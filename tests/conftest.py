@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def hastened_interpreter(request):
-    if request.node.get_closest_marker("interpreter"):
+    # On a GPU these tests compile; other versions of Triton need not have what `hasten` replaces.
+    if request.node.get_closest_marker("interpreter") and os.environ.get("TRITON_INTERPRET") == "1":
         with suppress(ImportError):  # without Triton, the test skips itself
             from interpreted import hasten
 
