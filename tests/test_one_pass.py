@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 from equality import assert_equals_masked, scattered_mask
-from problems import SIZE, problem, small_net
+from problems import SIZE, problem, random_mask, small_net
 
 import sparse_gen as sg
 from sparse_gen.engine.run import in_one_pass
@@ -115,3 +115,19 @@ def test_a_pass_of_several_masks_is_profiled_and_counted(one_pass):
     fast = sg.compile(net, masks_of([0.5, 0.1], net)[0], sg.noise_input(6, SIZE, seed=[0, 1]), plan="rule")
     assert all(stage.ms is not None for stage in fast.profile(rounds=1).stages if stage.live_kept)
     assert fast.count().kernels > 0
+
+
+def test_a_pass_of_one_mask_is_profiled_with_the_experiments_that_it_is_planned_for(monkeypatch):
+    net, z = small_net(), sg.noise_input(6, SIZE, seed=SEEDS)
+    fast = sg.compile(net, random_mask(net, 0.5), z, plan="rule")
+    (program,) = fast._sparse_run.programs
+    seen = []
+
+    def profile(plan, program, values, z, rounds):
+        seen.append((len(values), len(z)))
+
+    monkeypatch.setattr(import_module("sparse_gen.engine.compile"), "profile", profile)
+    for together in (1, 3):
+        monkeypatch.setattr(program, "together", together)
+        fast.profile()
+    assert seen == [(1, 1), (3, 3)]

@@ -80,7 +80,7 @@ class CompiledGenerator(nn.Module):
 
         Args:
             z: (E, C, H, W) of the example input's size, which serves by default; one experiment runs, or all that
-                differ in their masks and share a pass.
+                share a pass on a GPU or differ in their masks.
             rounds: steps, of which the median counts.
 
         Raises:
@@ -92,7 +92,8 @@ class CompiledGenerator(nn.Module):
         if not self._sparse_run.takes(z):
             raise ValueError(f"expected z of the size it was compiled for, got {tuple(z.shape)}")
         program = self._sparse_run.programs[0]
-        return profile(self.plan, program, self.values.detach()[: program.fewest], z[: program.fewest], rounds)
+        count = max(program.fewest, program.together)
+        return profile(self.plan, program, self.values.detach()[:count], z[:count], rounds)
 
     def count(self) -> Count:
         """The kernels that a step of one experiment starts on a GPU, forward and backward, and the bytes they move.

@@ -53,6 +53,7 @@ class Program:
         convolutions: value → the convolution that computes it, with its layout.
         runs_in: values of convolutions that run together with a normalisation → that one's value.
         fewest: how many experiments run at least: those that have a mask each.
+        together: as given.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Program:
         kept: int | None = None,
         together: int = 1,
     ):
-        self._device, self._together = keep.device, together
+        self._device, self.together = keep.device, together
         keep = keep.cpu().view(-1, keep.shape[-1])
         self.fewest = len(keep)
         self._own = [compact(graph, layout.views(row)) for row in keep]
@@ -143,7 +144,7 @@ class Program:
         mask = self.compaction.weights[number + 1][out][:, into]
         biased = conv.bias is not None and bool(self.compaction.biases[number + 1][out].any())
         changes = x not in self._static_values(graph)
-        where = (self._device, self._together)
+        where = (self._device, self.together)
         return ConvStage(graph.names()[number], conv, mask, graph.shape(x)[1:], changes, biased, *where)
 
     def _selection(self, there: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor | None:
