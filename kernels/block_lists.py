@@ -55,9 +55,7 @@ def block_lists(index, starts, shape: tuple[int, int, int, int], stride: int) ->
 
 def _build(index, starts, shape, stride) -> BlockLists:
     out_channels, channels, kernel_h, kernel_w = shape
-    mask = torch.zeros(out_channels * channels * kernel_h * kernel_w, dtype=torch.bool, device=index.device)
-    mask[index] = True
-    block_in = input_block(mask.view(shape))
+    block_in = input_block(index, shape)
 
     counts = starts.diff()
     chunks = [
@@ -86,9 +84,11 @@ def _build(index, starts, shape, stride) -> BlockLists:
     )
 
 
-def input_block(mask: torch.Tensor) -> int:
-    """The largest block of input channels, up to 64, on which a mask is constant."""
-    channels = mask.shape[1]
+def input_block(index: torch.Tensor, shape: tuple[int, int, int, int]) -> int:
+    """The largest block of input channels, up to 64, on which the mask of these kept weights is constant."""
+    mask = torch.zeros(shape, dtype=torch.bool, device=index.device)
+    mask.view(-1)[index] = True
+    channels = shape[1]
     for block in range(min(64, channels), 1, -1):
         if torch.equal(mask[:, ::block].repeat_interleave(block, 1)[:, :channels], mask):
             return block

@@ -17,7 +17,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparse_gen.ops.block_sparse_conv2d import block_sparse_conv2d_reference
+from sparse_gen.ops.block_sparse_conv2d import block_sparse_conv2d_fake, block_sparse_conv2d_reference
+from sparse_gen.ops.convolution import backward_fake, needed_gradients
 from sparse_gen.ops.dispatch import register_operator, serve_on_cuda
 
 # Columns of a step and of a piece: the depth of one product of tensor cores, and the rows of one.
@@ -77,24 +78,6 @@ class HaloRounds:
     slab: int
     most: int
     block: int
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where the kept values stand: of each its channel on either side and its tap."""
-
-    output: torch.Tensor
-    channel: torch.Tensor
-    row: torch.Tensor
-    column: torch.Tensor
-
-    @classmethod
-    def of(cls, index: torch.Tensor, shape: tuple[int, int, int, int]) -> _Places:
-        _, channels, kernel_h, kernel_w = shape
-        taps = kernel_h * kernel_w
-        return cls(
-            index // (channels * taps), index // taps % channels, index // kernel_w % kernel_h, index % kernel_w
-        )  # fmt: skip
 
 
 class _Groups:
@@ -169,10 +152,10 @@ def forward_lists(index, shape, block: int, stride: int, size: tuple[int, int], 
     chunk = _chunk(channels, _few(_FORWARD_CHANNELS, *size), words, _FORWARD_WORDS)
     if chunk == 0 or max(kernel_h, kernel_w) > 256:
         return None
-    places, groups = _Places.of(index, shape), _Groups(block, out_channels, tf32)
-    group, member = groups.of(places.output)
-    run = places.channel // chunk * groups.count + group
-    code = places.channel % chunk, places.row, places.column
+    (output, channel, row, column), groups = torch.unravel_index(index, shape), _Groups(block, out_channels, tf32)
+    group, member = groups.of(output)
+    run = channel // chunk * groups.count + group
+    code = channel % chunk, row, column
     runs = -(-channels // chunk) * groups.count
     codes, slots, starts = _columns((run, code), member, runs, groups.width, STEP)
     return HaloLists(codes, slots, (starts // STEP).int(), chunk, groups.block)
@@ -187,12 +170,12 @@ def input_gradient_lists(index, shape, block: int, stride: int, size, tf32: bool
     )  # fmt: skip
     if chunk == 0 or max(window) > 256:
         return None
-    places, groups = _Places.of(index, shape), _Groups(block, channels, tf32)
-    group, member = groups.of(places.channel)
-    chunks, phase = -(-out_channels // chunk), places.row % stride * stride + places.column % stride
-    run = (phase * chunks + places.output // chunk) * groups.count + group
+    (output, channel, row, column), groups = torch.unravel_index(index, shape), _Groups(block, channels, tf32)
+    group, member = groups.of(channel)
+    chunks, phase = -(-out_channels // chunk), row % stride * stride + column % stride
+    run = (phase * chunks + output // chunk) * groups.count + group
     # A tap further down reads the output's gradient further up.
-    code = places.output % chunk, window[0] - 1 - places.row // stride, window[1] - 1 - places.column // stride
+    code = output % chunk, window[0] - 1 - row // stride, window[1] - 1 - column // stride
     runs = stride**2 * chunks * groups.count
     codes, slots, starts = _columns((run, code), member, runs, groups.width, STEP)
     return HaloLists(codes, slots, (starts // STEP).int(), chunk, groups.block)
@@ -213,11 +196,11 @@ def weight_gradient_rounds(index, shape, block: int, stride: int, size, tf32: bo
     chunk = _chunk(channels, _GRADIENT_CHANNELS, words, room)
     if chunk == 0 or max(kernel_h, kernel_w) > 256:
         return None
-    places = _Places.of(index, shape)
-    group, member = groups.of(places.output)
+    output, channel, row, column = torch.unravel_index(index, shape)
+    group, member = groups.of(output)
     slabs, chunks = -(-groups.count // slab), -(-channels // chunk)
-    run = ((group // slab) * chunks + places.channel // chunk) * slab + group % slab
-    code = places.channel % chunk, places.row, places.column
+    run = ((group // slab) * chunks + channel // chunk) * slab + group % slab
+    code = channel % chunk, row, column
     codes, slots, starts = _columns((run, code), member, slabs * chunks * slab, groups.width, PIECE)
 
     counts = (starts // PIECE).diff()
@@ -271,9 +254,7 @@ def _backward(
 def _input_block(index: torch.Tensor, shape: tuple[int, int, int, int]) -> int:
     from sparse_gen.kernels.block_lists import input_block
 
-    mask = torch.zeros(shape, dtype=torch.bool, device=index.device)
-    mask.view(-1)[index] = True
-    return input_block(mask)
+    return input_block(index, shape)
 
 
 def _halo_reference(x, values, bias, index, codes, slots, starts, chunk, block, *geometry_and_precision):
@@ -281,26 +262,18 @@ def _halo_reference(x, values, bias, index, codes, slots, starts, chunk, block, 
     return block_sparse_conv2d_reference(x, values, bias, index, None, None, None, block, *geometry)
 
 
-def _halo_fake(x, values, bias, index, codes, slots, starts, chunk, block, out_channels, kernel_h, kernel_w, stride,
-               padding, mode, tf32):  # fmt: skip
-    sides = ((x.shape[2] + 2 * padding - kernel_h) // stride + 1, (x.shape[3] + 2 * padding - kernel_w) // stride + 1)
-    return x.new_empty(len(x), out_channels, *sides)
+def _halo_fake(x, values, bias, index, codes, slots, starts, chunk, block, *geometry_and_precision):
+    *geometry, _ = geometry_and_precision
+    return block_sparse_conv2d_fake(x, values, bias, index, None, None, None, block, *geometry)
 
 
 def _halo_backward_reference(grad_out, x, values, index, *rest):
     *geometry, _, needs_grad_x, needs_grad_values = rest[-9:]
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(), values.detach().requires_grad_()]
-        out = block_sparse_conv2d_reference(*leaves, None, index, None, None, None, None, *geometry)
-        grads = torch.autograd.grad(out, leaves, grad_out)
-    needs = needs_grad_x, needs_grad_values
-    return tuple(grad if need else x.new_empty(0) for grad, need in zip(grads, needs, strict=True))
 
+    def convolve(x, values):
+        return block_sparse_conv2d_reference(x, values, None, index, None, None, None, None, *geometry)
 
-def _halo_backward_fake(grad_out, x, values, *rest):
-    *_, needs_grad_x, needs_grad_values = rest
-    grad_x = torch.empty_like(x) if needs_grad_x else x.new_empty(0)
-    return grad_x, torch.empty_like(values) if needs_grad_values else x.new_empty(0)
+    return needed_gradients(convolve, grad_out, x, values, needs_grad_x, needs_grad_values)
 
 
 _LISTS = "Tensor index, Tensor codes, Tensor slots, Tensor starts, int chunk, int block"
@@ -318,7 +291,7 @@ register_operator(
     f"block_sparse_conv2d_halo_backward(Tensor grad_out, Tensor x, Tensor values, {_LISTS}, {_ROUNDS}, {_GEOMETRY},"
     " bool needs_grad_x, bool needs_grad_values) -> (Tensor, Tensor)",
     reference=_halo_backward_reference,
-    fake=_halo_backward_fake,
+    fake=backward_fake,
 )
 serve_on_cuda("block_sparse_conv2d", "block_sparse_conv2d_halo", _forward)
 serve_on_cuda("block_sparse_conv2d_backward", "block_sparse_conv2d_halo_backward", _backward)

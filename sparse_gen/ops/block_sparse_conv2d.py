@@ -119,7 +119,7 @@ def block_sparse_conv2d_reference(
     return torch.cat(outputs)
 
 
-def _fake(
+def block_sparse_conv2d_fake(
     x, values, bias, index, order, columns, starts, block_out, out_channels, kernel_h, kernel_w, stride, padding, mode
 ):
     height = (x.shape[2] + 2 * padding - kernel_h) // stride + 1
@@ -130,7 +130,7 @@ _run = register_sparse_convolution(
     "Tensor index, Tensor order, Tensor columns, Tensor starts,"
     " int block_out, int out_channels, int kernel_h, int kernel_w, int stride, int padding, int mode",
     reference=block_sparse_conv2d_reference,
-    fake=_fake,
+    fake=block_sparse_conv2d_fake,
 )
 
 

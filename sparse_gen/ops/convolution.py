@@ -23,6 +23,21 @@ def upsampled(x: torch.Tensor, kind: str) -> torch.Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=kind == "bilinear_corners")
 
 
+def needed_gradients(convolve: Callable, grad_out, x, values, needs_grad_x: bool, needs_grad_values: bool):
+    """The gradients of convolve(x, values) by both, by autograd; an empty tensor for one that is not needed."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(), values.detach().requires_grad_()]
+        grad_x, grad_values = torch.autograd.grad(convolve(*leaves), leaves, grad_out)
+    return grad_x if needs_grad_x else x.new_empty(0), grad_values if needs_grad_values else x.new_empty(0)
+
+
+def backward_fake(grad_out, x, values, *rest):
+    """What `needed_gradients` gives, for shapes only; the last two arguments say what is needed."""
+    *_, needs_grad_x, needs_grad_values = rest
+    grad_x = torch.empty_like(x) if needs_grad_x else x.new_empty(0)
+    return grad_x, torch.empty_like(values) if needs_grad_values else x.new_empty(0)
+
+
 def register_sparse_convolution(
     pattern: str, *, reference: Callable, fake: Callable, loads: bool = False, name: str | None = None
 ) -> Callable:
@@ -59,15 +74,9 @@ def register_sparse_convolution(
     def backward_reference(grad_out, x, values, *rest):
         *given, needs_grad_x, needs_grad_values = rest
         x, given = loaded(x, given)
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_(), values.detach().requires_grad_()]
-            grad_x, grad_values = torch.autograd.grad(reference(*leaves, None, *given), leaves, grad_out)
-        return grad_x if needs_grad_x else x.new_empty(0), grad_values if needs_grad_values else x.new_empty(0)
-
-    def backward_fake(grad_out, x, values, *rest):
-        *_, needs_grad_x, needs_grad_values = rest
-        grad_x = torch.empty_like(x) if needs_grad_x else x.new_empty(0)
-        return grad_x, torch.empty_like(values) if needs_grad_values else x.new_empty(0)
+        return needed_gradients(
+            lambda *leaves: reference(*leaves, None, *given), grad_out, x, values, needs_grad_x, needs_grad_values
+        )
 
     register_operator(
         f"{name}(Tensor x, Tensor values, Tensor? bias, {pattern}{load_schema}) -> Tensor",
