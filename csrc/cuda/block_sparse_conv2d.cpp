@@ -1,30 +1,18 @@
 #include "cuda/block_sparse_conv2d.h"
 
-#include <limits>
 #include <optional>
 #include <tuple>
 
+#include "cuda/conv_binding.h"
 #include "cuda/on_device.h"
 
 namespace sparse_gen {
 
 namespace {
 
-int number(int64_t n) { return static_cast<int>(n); }
-
-cuda::ConvShape shape_of(const Tensor& x, const Tensor& values, int64_t out_channels, int64_t kernel_h,
-                         int64_t kernel_w, int64_t stride, int64_t padding, int64_t mode) {
-  const int64_t height = x.size(2) + 2 * padding, width = x.size(3) + 2 * padding;
-  const int64_t channels = x.size(1) > out_channels ? x.size(1) : out_channels;
-  STD_TORCH_CHECK(channels * height * width <= std::numeric_limits<int>::max(),
-                  "expected at most 2147483647 elements an experiment, got ", channels, " padded planes of ", height,
-                  " x ", width);
-  return {number(x.size(0)),    number(x.size(1)), number(x.size(2)), number(x.size(3)), number(out_channels),
-          number(kernel_h),     number(kernel_w),  number(stride),    number(padding),   number(mode),
-          number(values.size(1))};
+int groups_of(int64_t channels, int64_t block, int width) {
+  return number(cuda::round_up_quotient(channels, block) * cuda::round_up_quotient(block, int64_t{width}));
 }
-
-int quotient(int64_t a, int64_t b) { return number((a + b - 1) / b); }
 
 cuda::HaloLists lists_of(const Tensor& codes, const Tensor& slots, const Tensor& starts, int64_t chunk, int64_t block,
                          int64_t channels) {
@@ -34,7 +22,7 @@ cuda::HaloLists lists_of(const Tensor& codes, const Tensor& slots, const Tensor&
           starts.const_data_ptr<int32_t>(),
           number(codes.size(0)),
           number(chunk),
-          quotient(channels, block) * quotient(block, width),
+          groups_of(channels, block, width),
           width,
           number(block)};
 }
@@ -48,7 +36,7 @@ cuda::HaloRounds rounds_of(const Tensor& codes, const Tensor& slots, const Tenso
           rounds.const_data_ptr<int32_t>(),
           number(codes.size(0)),
           number(chunk),
-          quotient(channels, block) * quotient(block, width),
+          groups_of(channels, block, width),
           number(slab),
           width,
           number(block),
@@ -80,7 +68,7 @@ Tensor block_sparse_conv2d_halo_cuda(const Tensor& x, const Tensor& values, cons
                                      bool tf32) {
   const OnDevice device(x);
   device.expect_here("values and pattern", values, codes, slots, starts);
-  const cuda::ConvShape shape = shape_of(x, values, out_channels, kernel_h, kernel_w, stride, padding, mode);
+  const cuda::ConvShape shape = conv_shape_of(x, values, out_channels, kernel_h, kernel_w, stride, padding, mode);
   const cuda::HaloLists lists = lists_of(codes, slots, starts, chunk, block, out_channels);
   Tensor out = torch::stable::new_empty(x, {x.size(0), out_channels, shape.out_h(), shape.out_w()});
   const Scratch scratch(x, cuda::halo_forward_scratch(shape, lists));
@@ -99,7 +87,7 @@ std::tuple<Tensor, Tensor> block_sparse_conv2d_halo_backward_cuda(
   const OnDevice device(x);
   device.expect_here("gradient, values and pattern", grad_out, values, codes, slots, starts, piece_codes, piece_slots,
                      pieces, rounds);
-  const cuda::ConvShape shape = shape_of(x, values, out_channels, kernel_h, kernel_w, stride, padding, mode);
+  const cuda::ConvShape shape = conv_shape_of(x, values, out_channels, kernel_h, kernel_w, stride, padding, mode);
   Tensor grad_x = needs_grad_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor grad_values = needs_grad_values ? torch::stable::empty_like(values) : torch::stable::new_empty(x, {0});
   const float* gradient = grad_out.const_data_ptr<float>();

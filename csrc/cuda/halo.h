@@ -15,7 +15,6 @@ struct HaloTile {
   int step, window_h, window_w;
 
   SPARSE_GEN_HD int columns() const { return 1 << columns_log; }
-  SPARSE_GEN_HD int pixels() const { return rows << columns_log; }
   SPARSE_GEN_HD int halo_h() const { return (rows - 1) * step + window_h; }
   SPARSE_GEN_HD int halo_w() const { return (columns() - 1) * step + window_w; }
   SPARSE_GEN_HD int half() const { return round_up_quotient(halo_w(), step); }

@@ -1,28 +1,17 @@
 #include "cuda/sparse_conv2d.h"
 
-#include <limits>
 #include <optional>
 #include <tuple>
 
+#include "cuda/conv_binding.h"
 #include "cuda/on_device.h"
 
 namespace sparse_gen {
 
 namespace {
 
-cuda::ConvShape shape_of(const Tensor& x, const Tensor& values, int64_t out_channels, int64_t kernel_h,
-                         int64_t kernel_w, int64_t stride, int64_t padding, int64_t mode) {
-  const int64_t height = x.size(2) + 2 * padding, width = x.size(3) + 2 * padding;
-  const int64_t channels = x.size(1) > out_channels ? x.size(1) : out_channels;
-  const int64_t elements = channels * height * width, apart = x.size(1) * x.stride(1) + padding * x.stride(2);
-  STD_TORCH_CHECK((elements > apart ? elements : apart) <= std::numeric_limits<int>::max(),
-                  "expected at most 2147483647 elements an experiment, got ", channels, " padded planes of ", height,
-                  " x ", width);
-  const auto number = [](int64_t n) { return static_cast<int>(n); };
-  return {number(x.size(0)),     number(x.size(1)),     number(x.size(2)), number(x.size(3)),
-          number(out_channels),  number(kernel_h),      number(kernel_w),  number(stride),
-          number(padding),       number(mode),          number(values.size(1))};
-}
+// How far the rows and planes of an experiment's image, which may lie apart, reach.
+int64_t reach(const Tensor& x, int64_t padding) { return x.size(1) * x.stride(1) + padding * x.stride(2); }
 
 cuda::ConvPattern pattern_of(const Tensor& taps, const Tensor& by_output, const Tensor& by_input,
                              const Tensor& input_order) {
@@ -45,7 +34,8 @@ Tensor sparse_conv2d_cuda(const Tensor& x, const Tensor& values, const std::opti
   const OnDevice device(x);
   device.expect_here("values and pattern", values, taps, by_output, by_input, input_order);
   if (load) device.expect_here("the load", *load);
-  const cuda::ConvShape shape = shape_of(x, values, out_channels, kernel_h, kernel_w, stride, padding, mode);
+  const cuda::ConvShape shape =
+      conv_shape_of(x, values, out_channels, kernel_h, kernel_w, stride, padding, mode, reach(x, padding));
   const cuda::ConvPattern pattern = pattern_of(taps, by_output, by_input, input_order);
   Tensor out = torch::stable::new_empty(x, {x.size(0), out_channels, shape.out_h(), shape.out_w()});
   for_float_type(x, [&](auto type) {
@@ -67,7 +57,8 @@ std::tuple<Tensor, Tensor> sparse_conv2d_backward_cuda(const Tensor& grad_out, c
   const OnDevice device(x);
   device.expect_here("gradient, values and pattern", grad_out, values, taps, by_output, by_input, input_order);
   if (load) device.expect_here("the load", *load);
-  const cuda::ConvShape shape = shape_of(x, values, out_channels, kernel_h, kernel_w, stride, padding, mode);
+  const cuda::ConvShape shape =
+      conv_shape_of(x, values, out_channels, kernel_h, kernel_w, stride, padding, mode, reach(x, padding));
   const cuda::ConvPattern pattern = pattern_of(taps, by_output, by_input, input_order);
   // Contiguous, however x lies.
   Tensor grad_x = needs_grad_x ? torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)})
