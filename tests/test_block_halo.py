@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from blocks import block_mask
 
 from sparse_gen.ops import block_halo, dispatch
 from sparse_gen.ops.block_sparse_conv2d import BlockPattern
@@ -10,10 +11,7 @@ SHAPE = (37, 70, 3, 2)
 
 
 def pattern_of(shape, block, stride, density=0.3):
-    generator = torch.Generator().manual_seed(0)
-    blocks = torch.rand(-(-shape[0] // block[0]), -(-shape[1] // block[1]), *shape[2:], generator=generator) < density
-    mask = blocks.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]].contiguous()
-    return BlockPattern.of(mask, block, stride)
+    return BlockPattern.of(block_mask(shape, block, density), block, stride)
 
 
 def columns_of(lists):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from blocks import block_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -14,11 +15,9 @@ MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
 
 
 def random_mask(shape, block, density, seed=0):
-    """Whole blocks are kept, those at the end cut."""
+    """The mask, and the generator that has drawn it."""
     generator = torch.Generator().manual_seed(seed)
-    blocks = torch.rand(-(-shape[0] // block[0]), -(-shape[1] // block[1]), *shape[2:], generator=generator) < density
-    mask = blocks.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return mask[: shape[0], : shape[1]].contiguous(), generator
+    return block_mask(shape, block, density, generator), generator
 
 
 def dense(x, weight, bias, stride, padding, mode):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ahead_of_time import assert_tensor_cores, compile_for_sm_90
+from blocks import block_mask
 
 from sparse_gen.ops.block_sparse_conv2d import BlockPattern, block_sparse_conv2d_reference
 
@@ -20,13 +21,6 @@ def kernel(poisoned, monkeypatch):
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def block_mask(shape, block, density, seed=0):
-    out_channels, channels, kernel_h, kernel_w = shape
-    blocks = -(-out_channels // block[0]), -(-channels // block[1]), kernel_h, kernel_w
-    kept = torch.rand(blocks, generator=torch.Generator().manual_seed(seed)) < density
-    return kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:out_channels, :channels].contiguous()
 
 
 def arguments_of(pattern, padding, mode):

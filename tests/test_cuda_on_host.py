@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blocks import block_mask
 
 from sparse_gen.ops.block_halo import forward_lists, input_gradient_lists, weight_gradient_rounds
 from sparse_gen.ops.block_sparse_conv2d import BlockPattern, block_sparse_conv2d_reference
@@ -224,9 +225,7 @@ def assert_blocks(
     program, shape, block, size, *, stride=1, padding=1, mode="reflect", tf32, density=0.4, experiments=2
 ):  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    blocks = torch.rand(-(-shape[0] // block[0]), -(-shape[1] // block[1]), *shape[2:], generator=generator) < density
-    mask = blocks.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
-    pattern = BlockPattern.of(mask, block, stride)
+    pattern = BlockPattern.of(block_mask(shape, block, density, generator), block, stride)
     index, kept, mode = pattern.index, len(pattern.index), MODES.index(mode)
 
     def normal(*s):
